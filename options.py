@@ -28,24 +28,164 @@ class OutsideError(UserError):
 
 
 def run(main, argv=None) -> int:
-    """Call main(argv) and return the exit status; the known failures become one line each."""
+    """Call main(argv) and return the exit status; the known failures become one line each.
+
+    main may return an exit status of its own.
+    """
     try:
-        main(argv)
+        return main(argv) or 0
     except UserError as error:
         # Every process of a run meets a user's mistake alike: the first one says it.
         if error.status != 2 or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return error.status
+    except BrokenPipeError:  # `predict.py … | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def nearest(word: str, known) -> str:
     """' (did you mean x?)' for a misspelt word, or '' where nothing is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, and which names the option nearest to a misspelt one."""
+
+    origin = ""  # the file that the words being parsed come from
+
+    def error(self, message):
+        raise UserError(f"{self.origin}{message} (see --help)")
+
+    def parse_args(self, args=None, namespace=None):
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].split("=")[0]
+            hint = nearest(word, self._option_string_actions)
+            self.error(f"unknown option {word}{hint}")
+        return values
+
+
+def parser(description: str) -> Parser:
+    """A command's parser; description is its module docstring."""
+    return Parser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+    )
+
+
+def parse(parser: Parser, argv: list[str] | None, recipe: str | None = None):
+    """Options from, each over the one before: defaults, recipes/<recipe>.yaml, --config, argv.
+
+    Errors: UserError naming the file or option.
+    """
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    given = parser.parse_args(argv)
+    words = []
+    for config in (recipe, getattr(given, "config", None)):
+        if config:
+            path = find_config(config)
+            found = config_words(parser, path)
+            parser.origin = f"{path}: "
+            parser.parse_args(found)
+            parser.origin = ""
+            words += found
+    return parser.parse_args(words + argv)
+
+
+def find_config(name: str) -> Path:
+    """A --config file, or the recipe of that name."""
+    path = Path(name)
+    if not path.is_file() and path.name == name:
+        path = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        raise UserError(
+            f"--config {name}: no such file or recipe{nearest(name, known)}; "
+            f"the recipes are {', '.join(known)}"
+        )
+    return path
+
+
+def config_words(parser: Parser, path: Path) -> list[str]:
+    """A YAML file's entries as command-line words, so that argparse checks keys and values."""
+    import yaml
+
+    try:
+        # The base loader keeps every value as it was written: `no` stays a word, 1e-3 a number.
+        entries = yaml.load(path.read_text(), yaml.BaseLoader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: expected `option: value` lines")
+    words = []
+    for key, value in entries.items():
+        action = parser._option_string_actions.get(f"--{key}")
+        if isinstance(action, argparse.BooleanOptionalAction) and value in BOOLEANS:
+            words.append(f"--{key}" if BOOLEANS[value] else f"--no-{key}")
+        elif isinstance(value, list) and all(isinstance(word, str) for word in value):
+            words += [f"--{key}", *value]
+        elif isinstance(value, dict | list):
+            raise UserError(f"{path}: {key}: expected a value or a flat list")
+        elif value not in ("", "~", "null") or action is None:
+            words.append(f"--{key}={value}")
+    return words
+
+
+BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
+
+
+def as_yaml(args: argparse.Namespace) -> str:
+    """The options of a run as a file that --config reads back."""
+    import yaml
+
+    entries = {k.replace("_", "-"): v for k, v in vars(args).items() if k != "config"}
+    return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+
+
+def number(kind, least, most=float("inf"), above=False):
+    """An argparse type: an int or float in [least, most] (above: in (least, most])."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name}") from None
+        if not (least < value if above else least <= value) or not value <= most:
+            bounds = f"{'above' if above else 'at least'} {least}"
+            bounds += f" and at most {most}" if most != float("inf") else ""
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+        return value
+
+    return convert
+
+
+def add_running_options(parser: Parser) -> None:
+    """The options of every command that runs a network over a data set."""
+    group = parser.add_argument_group("running")
+    group.add_argument(
+        "--precision",
+        choices=["auto", "no", "fp16", "bf16"],
+        default="auto",
+        help="arithmetic of the network; auto: bf16 where processor or GPU have it natively,\n"
+        "and one given to `accelerate launch` wins",
+    )
+    group.add_argument(
+        "--workers",
+        type=number(int, 0),
+        metavar="N",
+        help="processes that decode photographs (default: the cores of this process, at most 8)",
+    )
+    group.add_argument(
+        "--skip-broken",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="leave out picture files that cannot be read (default: stop and list them)",
+    )

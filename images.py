@@ -1,0 +1,169 @@
+"""Picture files of any kind to uint8 pixels, and pixels to a labelled grid of pictures.
+
+Everything that reads a picture (training, testing, predicting) comes through `read_image`.
+"""
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from options import OutsideError
+
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2".split()
+)
+# Named, so that a file's content can never start an interpreter (Pillow's EPS reader does).
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000")
+
+EXIF_ORIENTATION = 0x0112
+
+# Oversized pictures, odd palettes and broken EXIF blocks: read, or reported as unreadable.
+warnings.filterwarnings("ignore", module="PIL")
+
+
+class UnreadableImage(OutsideError):
+    """A picture file that cannot be decoded; the message names it and says why."""
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """All picture files below a folder, by their names' endings, sorted; hidden ones left out."""
+    return sorted(
+        path
+        for path in Path(folder).rglob("*")
+        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def read_image(
+    path: str | Path,
+    channels: int,
+    size: tuple[int, int] | None = None,
+    crop: float = 1.0,
+    draws: list[float] | None = None,
+) -> np.ndarray:
+    """One picture file as uint8 [H, W, C], C = channels (1 grey, 3 RGB), values 0..255.
+
+    Upright by its EXIF orientation, transparency composited on white, 16-bit samples scaled to 8,
+    the first frame of an animation.  size (height, width): the box of that shape, centred, with
+    `crop` of the largest possible side, resized (bilinear, anti-aliased); None: as it is.
+    draws, four numbers in 0..1, choose a random box instead (Inception-style crop, Szegedy et al.
+    2014, arXiv:1409.4842): 25 to 100 % of the area, sides 3:4 to 4:3; a box that would not fit is
+    cut to fit instead of being drawn again.
+
+    Errors: UnreadableImage.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            box = None
+            if size is not None:
+                box = _choose_box(_upright_size(image), size, crop, draws)
+                box = _shrink_while_decoding(image, size, box)
+            image = _to_grey_or_rgb(image)
+            if channels == 1 or image.mode != "RGB":
+                image = image.convert("L" if channels == 1 else "RGB")
+            if box and (image.size != (size[1], size[0]) or box != (0, 0, *image.size)):
+                image = image.resize(
+                    (size[1], size[0]), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0
+                )
+            pixels = np.asarray(image)
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        reason = str(error).replace(str(path), "").replace(repr(str(path)), "").strip() or "empty"
+        raise UnreadableImage(f"{path}: cannot be read as a picture ({reason})") from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def inspect_image(path: str | Path, small: int) -> tuple[int, bool, np.ndarray | None]:
+    """Decode a whole file: its longer side, whether it is grey, and its pixels if it is small.
+
+    Pixels are uint8 [H, W, 1 or 3] where the longer side is at most `small`, else None: then a JPEG
+    file is decoded at an eighth of its size, which still meets every byte of it.
+    Errors: UnreadableImage.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            side = max(image.size)
+            if side > small:
+                image.draft(None, (image.width // 8, image.height // 8))
+            image = _to_grey_or_rgb(image)
+            pixels = np.asarray(image)
+    except Exception as error:
+        raise UnreadableImage(f"{path}: cannot be read as a picture ({error})") from error
+    grey = pixels.ndim == 2 or bool((pixels == pixels[..., :1]).all())
+    if grey:
+        pixels = pixels.reshape(*pixels.shape[:2], -1)[..., :1]
+    return side, grey, pixels if side <= small else None
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height after the EXIF rotation, without decoding the picture."""
+    turned = image.format in ("JPEG", "MPO") and image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+    return image.size[::-1] if turned else image.size
+
+
+def _choose_box(upright, size, crop, draws) -> tuple[float, float, float, float]:
+    """The part of a picture to keep: left, upper, right, lower, in its pixels."""
+    width, height = upright
+    if draws is None:
+        box_width = min(width, height * size[1] / size[0]) * crop
+        box_height = box_width * size[0] / size[1]
+        across = down = 0.5
+    else:
+        area, shape, across, down = draws
+        area = (0.25 + 0.75 * area) * width * height
+        aspect = (4 / 3) ** (2 * shape - 1) * size[1] / size[0]
+        box_width = min(width, math.sqrt(area * aspect))
+        box_height = min(height, math.sqrt(area / aspect))
+    left, upper = across * (width - box_width), down * (height - box_height)
+    return left, upper, left + box_width, upper + box_height
+
+
+def _shrink_while_decoding(image, size, box) -> tuple[float, float, float, float]:
+    """Let the JPEG decoder drop a factor 2, 4 or 8 that the resize would; returns the box then."""
+    before = max(image.size)
+    shrink = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0])
+    if shrink >= 2:
+        image.draft(None, tuple(math.ceil(side / shrink) for side in image.size))
+    scale = max(image.size) / before
+    return tuple(side * scale for side in box)
+
+
+def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
+    """An upright picture of any mode as mode L or RGB."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith(("I", "F")):
+        deep = np.asarray(image)
+        if image.mode != "F":  # 16-bit samples, whatever the width that holds them
+            deep = deep.clip(0, 65535) / 257
+        return Image.fromarray(deep.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "L" else image.convert("L" if image.mode == "1" else "RGB")
+
+
+def draw_grid(images: Tensor, captions: list[str], wrong: list[bool] | None = None) -> Tensor:
+    """A grid of pictures with a caption below each, uint8 [3, H', W'].
+
+    images uint8 [N, C, H, W]; wrong: captions to be set in red.
+    """
+    tile, line, font = 112, 30, ImageFont.load_default(11)
+    across = min(8, len(images))
+    down = -(-len(images) // across)
+    sheet = Image.new("RGB", (across * (tile + 8) + 8, down * (tile + line) + 8), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, caption) in enumerate(zip(images, captions, strict=True)):
+        left, upper = 8 + i % across * (tile + 8), 8 + i // across * (tile + line)
+        pixels = picture.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
+        scale = tile / max(pixels.shape[:2])
+        shape = (round(pixels.shape[1] * scale), round(pixels.shape[0] * scale))
+        method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
+        sheet.paste(Image.fromarray(pixels).resize(shape, method), (left, upper))
+        colour = "#c00000" if wrong and wrong[i] else "black"
+        draw.multiline_text((left, upper + tile), caption, colour, font, spacing=0)
+    return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
