@@ -1,10 +1,11 @@
 """model.safetensors: the weights and, in its header, all that is needed to use them.
 
-`save()` and `load()` are the only way in and out.  Nothing is executed on loading, and no other
+`save()` and `load_model()` are the only way in and out.  Nothing is executed on loading, and no other
 file is needed.  `atomic_write()` is how every file of a run reaches its final name.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -12,10 +13,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 import options
+from model import create_model
 from options import UserError
+from transforms import Prepare
 
 FORMAT = "lenslet"
 VERSION = "1"
@@ -72,10 +75,11 @@ def save(path: Path, state: dict[str, Tensor], header: dict) -> None:
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors (on the CPU) and the header of a weights file.
 
-    The header's keys: model, classes (names, in the order of the outputs), channels, image_size
-    (height and width that pictures are read at), input_size (what the network is fed), stem, crop
-    (share of the picture that a centre crop keeps), mean, std (0..1 scale), data, data_sha256,
-    epoch, validation, versions, options, sha256 (of the tensors).
+    The header's keys: model, model_args (of create_model), stem (how it was changed for small
+    pictures), classes (names, in the order of the outputs), channels, image_size (height and width
+    that pictures are read at), crop (share of a picture that a centre crop keeps), input_size (what
+    the network is fed), mean, std (0..1 scale), data, data_sha256, epoch, validation, versions,
+    options, sha256 (of the tensors).
 
     Errors: UserError for a file that is missing, cut off, altered or not one of ours.
     """
@@ -100,9 +104,54 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, header
 
 
+def load_model(path: str | Path) -> tuple[nn.Module, Prepare, dict]:
+    """The trained network in evaluation mode, what prepares pictures for it, and the header.
+
+    Errors: UserError, see load().
+    """
+    tensors, header = load(path)
+    model = create_model(header["model"], **header["model_args"])
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: does not fit {header['model']} ({reason})") from error
+    prepare = Prepare(header["mean"], header["std"], model.input_size)
+    return model.eval().to(memory_format=torch.channels_last), prepare, header
+
+
+def new_run(folder: str | Path) -> Path:
+    """Make a run's folder, or the first free one of folder-2, folder-3, … where it has content.
+
+    Errors: UserError where it cannot be made.
+    """
+    for number in itertools.count(1):
+        run = Path(folder) if number == 1 else Path(f"{folder}-{number}")
+        try:
+            run.mkdir(parents=True)
+            return run
+        except FileExistsError as error:
+            if not run.is_dir():
+                raise UserError(f"--output {run} is a file: name a folder") from error
+            if not any(run.iterdir()):
+                return run
+        except OSError as error:
+            raise UserError(
+                f"--output {run}: cannot be written ({error.strerror}); name another folder"
+            ) from error
+
+
+def point_latest(run: Path) -> None:
+    """Make runs/latest name this run."""
+    options.RUNS.mkdir(exist_ok=True)
+    aside = options.RUNS / f".latest.{os.getpid()}"
+    aside.symlink_to(os.path.relpath(run, options.RUNS))
+    os.replace(aside, options.RUNS / "latest")
+
+
 def latest_weights() -> Path:
     """The newest run's weights file.  Errors: UserError where nothing has been trained yet."""
     path = options.RUNS / "latest" / "model.safetensors"
     if not path.is_file():
-        raise UserError(f"no trained weights in {options.RUNS} (run `make train` or give --weights)")
+        raise UserError(f"no weights in {options.RUNS}: run `make train`, or give --weights FILE")
     return path

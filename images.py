@@ -3,13 +3,14 @@
 Everything that reads a picture (training, testing, predicting) comes through `read_image`.
 """
 
+import io
 import math
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from options import OutsideError
@@ -30,13 +31,24 @@ class UnreadableImage(OutsideError):
     """A picture file that cannot be decoded; the message names it and says why."""
 
 
-def find_images(folder: str | Path) -> list[Path]:
-    """All picture files below a folder, by their names' endings, sorted; hidden ones left out."""
-    return sorted(
-        path
-        for path in Path(folder).rglob("*")
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
-    )
+def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """All picture files below a folder, sorted, and the name endings of the other files there.
+
+    Hidden files are in neither.
+    """
+    files = [p for p in sorted(Path(folder).rglob("[!.]*")) if p.is_file()]
+    found = [path for path in files if path.suffix.lower() in EXTENSIONS]
+    others = [path.suffix or path.name for path in files if path.suffix.lower() not in EXTENSIONS]
+    return found, others
+
+
+def longer_side(path: Path) -> int:
+    """The longer side of a picture by the head of its file, in pixels; 0 if it cannot be told."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return max(image.size)
+    except Exception:  # whoever decodes the whole file reports what is wrong with it
+        return 0
 
 
 def read_image(
@@ -70,10 +82,9 @@ def read_image(
                 image = image.resize(
                     (size[1], size[0]), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0
                 )
-            pixels = np.asarray(image)
+            pixels = np.array(image)
     except Exception as error:  # a damaged file makes Pillow raise almost anything
-        reason = str(error).replace(str(path), "").replace(repr(str(path)), "").strip() or "empty"
-        raise UnreadableImage(f"{path}: cannot be read as a picture ({reason})") from error
+        raise _unreadable(path, error) from error
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
@@ -92,11 +103,19 @@ def inspect_image(path: str | Path, small: int) -> tuple[int, bool, np.ndarray |
             image = _to_grey_or_rgb(image)
             pixels = np.asarray(image)
     except Exception as error:
-        raise UnreadableImage(f"{path}: cannot be read as a picture ({error})") from error
+        raise _unreadable(path, error) from error
     grey = pixels.ndim == 2 or bool((pixels == pixels[..., :1]).all())
     if grey:
         pixels = pixels.reshape(*pixels.shape[:2], -1)[..., :1]
     return side, grey, pixels if side <= small else None
+
+
+def _unreadable(path: str | Path, error: Exception) -> UnreadableImage:
+    if isinstance(error, UnidentifiedImageError):
+        reason = "not a known kind of picture" if Path(path).stat().st_size else "an empty file"
+    else:
+        reason = getattr(error, "strerror", None) or error
+    return UnreadableImage(f"{path}: cannot be read as a picture ({reason})")
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
@@ -167,3 +186,11 @@ def draw_grid(images: Tensor, captions: list[str], wrong: list[bool] | None = No
         colour = "#c00000" if wrong and wrong[i] else "black"
         draw.multiline_text((left, upper + tile), caption, colour, font, spacing=0)
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
+
+
+def encode_png(image: Tensor) -> bytes:
+    """uint8 [1 or 3, H, W] as the bytes of a PNG file."""
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue()

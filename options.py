@@ -7,6 +7,7 @@ error and an exit status: 2 for what the user can mend, 1 for causes outside.
 import argparse
 import difflib
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -48,6 +49,20 @@ def run(main, argv=None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def command(script: str, *words) -> str:
+    """A command of scripts/ as it can be pasted here, with the Python that is running."""
+    python = os.path.relpath(sys.executable)
+    parts = [
+        sys.executable if python.startswith("..") else python,
+        ROOT / "scripts" / script,
+        *words,
+    ]
+    return shlex.join(
+        os.path.relpath(p) if isinstance(p, Path) and p.is_relative_to(Path.cwd()) else str(p)
+        for p in parts
+    )
 
 
 def nearest(word: str, known) -> str:

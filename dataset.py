@@ -1,0 +1,463 @@
+"""What each data set is, and how it is read, split and batched.
+
+    data = load("cifar10", ["train", "val"])  # or a folder of pictures
+    for images, labels, index in on_device(data.loader("val", batch_size=64), device): ...
+
+Small pictures live in memory as uint8; photographs are decoded by worker processes.  Both come out
+of the same loader as uint8 batches.  Nothing random depends on a worker, a process or a global
+generator: it is a function of the seed, the epoch and the picture's index.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+import images as pictures
+import options
+import sources
+from checkpoint import atomic_write
+from options import OutsideError, UserError, nearest
+from transforms import AUGMENTATIONS, uniform
+
+SMALL = 64  # pixels: pictures with no longer side are kept in memory
+
+
+@dataclass
+class Split:
+    """Labelled pictures, in memory or as files."""
+
+    images: Tensor | list[Path]  # uint8 [N, C, H, W], or N files
+    labels: Tensor  # int64 [N], 0..classes-1
+    names: list[str]  # N file names below the data folder, or indices in the set's own order
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def in_memory(self) -> bool:
+        return isinstance(self.images, Tensor)
+
+
+@dataclass
+class Data:
+    """An opened data set: its splits, and how its pictures are read."""
+
+    name: str  # as --data gives it
+    classes: list[str]
+    channels: int
+    image_size: tuple[int, int]  # height and width that pictures are read at
+    crop: float  # share of a photograph that a centre crop keeps
+    splits: dict[str, Split]
+    sha256: str  # of the sources, or of a folder's file names and sizes
+    notes: list[str] = field(default_factory=list)  # what the user should know, a line each
+
+    def loader(
+        self, split, batch_size, *, seed=None, augment="none", workers=0, rank=0, world=1
+    ) -> DataLoader:
+        """Batches of (uint8 [B, C, H, W], int64 labels [B], int64 index [B]) for one process.
+
+        batch_size counts over all processes.  seed None: every picture once, in order; otherwise
+        shuffled anew for every epoch, see Batches.
+        """
+        part = self.splits[split]
+        workers = 0 if part.in_memory else workers
+        draw_seed = seed if AUGMENTATIONS[augment][0] else None
+        return DataLoader(
+            Pictures(part, self, draw_seed),
+            batch_size=None,  # the sampler names whole batches
+            sampler=Batches(len(part), batch_size, seed, rank, world),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # every iter() draws from it: leave the global one alone
+        )
+
+
+class Pictures(Dataset):
+    """Whole uint8 batches of a split, for the (epoch, indices) that Batches names."""
+
+    def __init__(self, split: Split, data: Data, draw_seed: int | None = None):
+        """draw_seed: crop photographs at random by it; None: in the centre."""
+        self.split, self.draw_seed = split, draw_seed
+        self.reading = data.channels, data.image_size, data.crop
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: tuple[int, list[int]]):
+        epoch, rows = key
+        index = torch.tensor(rows)
+        labels = self.split.labels[index]
+        if self.split.in_memory:
+            return self.split.images[index], labels, index
+        draws = [None] * len(rows)
+        if self.draw_seed is not None:
+            draws = uniform(self.draw_seed, epoch, index, 4).tolist()
+        try:
+            pixels = [
+                pictures.read_image(self.split.images[i], *self.reading, draw)
+                for i, draw in zip(rows, draws, strict=True)
+            ]
+        except pictures.UnreadableImage as error:
+            return error  # raised by on_device: a worker's own would carry its traceback along
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), labels, index
+
+
+class Batches(Sampler):
+    """The part of every batch that is one process's: (epoch, [index, …]).
+
+    A batch holds the same pictures in the same order on any number of processes.  Set `epoch`
+    before iterating; with a seed every epoch has an order of its own.  While training, a last batch
+    that would leave one picture to a process is dropped (batch norm cannot train on one).
+    """
+
+    def __init__(self, count, batch_size, seed=None, rank=0, world=1):
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world, self.epoch = rank, world, 0
+        tail = count % batch_size
+        if seed is not None and tail // world < 2 <= batch_size // world and count > batch_size:
+            self.count -= tail
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def size(self, step: int) -> int:
+        """Pictures in batch `step` of an epoch, over all processes."""
+        return min(self.batch_size, self.count - step * self.batch_size)
+
+    def __iter__(self):
+        order = torch.arange(self.count)
+        if self.seed is not None:
+            order = torch.randperm(self.count, generator=generator_for(self.seed, self.epoch))
+        for batch in order.split(self.batch_size):
+            mine = batch[self.rank :: self.world].tolist()
+            if mine:
+                yield self.epoch, mine
+
+
+def on_device(loader: DataLoader, device: torch.device):
+    """The loader's batches on the device.  Errors: UnreadableImage for a file gone or damaged."""
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield tuple(part.to(device, non_blocking=True) for part in batch)
+
+
+def generator_for(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+
+
+# The recipe that supplies the defaults for a data set; a folder's follows from its pictures.
+RECIPES = {
+    "cifar10": "cifar10",
+    "cifar100": "cifar10",
+    "mnist": "mnist",
+    "fashion-mnist": "mnist",
+    "digits": "digits",
+}
+
+
+def recipe_for(name: str) -> str:
+    """The recipe whose settings are the defaults for --data."""
+    if is_set(name):
+        return RECIPES[name]
+    return "cifar10" if is_small(find_folder(name)) else "photos"
+
+
+def choose(name: str | None) -> str:
+    """--data, checked; without it CIFAR-10 or, where that is not to be had, the bundled digits."""
+    if name:
+        is_set(name)
+        return name
+    try:
+        sources.ensure("cifar10", patience=15)
+        return "cifar10"
+    except OutsideError as error:
+        print(f"CIFAR-10 is not to be had, so the bundled digits are used instead: {error}")
+        return "digits"
+
+
+def find_folder(name: str) -> Path:
+    """A folder of pictures, relative to where the command runs or to the repository."""
+    return Path(name) if Path(name).is_dir() else options.ROOT / name
+
+
+def is_set(name: str) -> bool:
+    """Whether --data names a known set; else it is a folder.  Errors: UserError if it is neither."""
+    if name in sources.SETS:
+        return True
+    if "/" not in name and os.sep not in name and not Path(name).is_dir():
+        raise UserError(
+            f"--data {name}: no such data set{nearest(name, sources.SETS)}; known are "
+            f"{', '.join(sources.SETS)}, or give a folder of pictures"
+        )
+    return False
+
+
+def load(
+    name: str,
+    wanted: list[str],
+    *,
+    val: float = 0.1,
+    like: dict | None = None,
+    photo_size: int = 224,
+    crop: float = 0.875,
+    skip_broken: bool = False,
+    workers: int = 0,
+) -> Data:
+    """Open a data set by name or folder; only the wanted ones of train, val and test are read.
+
+    val: share of the training pictures kept for validation where the set has no val of its own; 0
+    keeps none.  like: the header of trained weights, whose classes and way of reading are taken
+    over.  photo_size, crop: how photographs are read otherwise; small pictures keep their own size.
+
+    A split that the set does not have, or that is empty, is missing from the result.
+    Errors: UserError for an unknown name, a folder without the layout, broken pictures, and classes
+    that differ from those of the weights.
+    """
+    if is_set(name):
+        return _load_set(name, wanted, val, like)
+    root = find_folder(name)
+    found, notes = list_folder(root)
+    classes = like["classes"] if like else list(found["train"])
+    strange = [c for c in found["train"] if c not in classes]
+    if strange:
+        raise UserError(
+            f"--data {name}: class {strange[0]} is none of the {len(classes)} that the weights "
+            f"were trained on ({', '.join(classes[:3])}, …)"
+        )
+    rows = {
+        split: [(file, classes.index(c)) for c, files in inside.items() for file in files]
+        for split, inside in found.items()
+    }
+    if val == 0:
+        if not (root / "train").is_dir():
+            rows["train"] += rows["val"]
+        rows.pop("val", None)
+    elif not rows.get("val"):
+        away = stratified(torch.tensor([label for _, label in rows["train"]]), val).tolist()
+        rows["val"] = [row for row, is_away in zip(rows["train"], away, strict=True) if is_away]
+        rows["train"] = [
+            row for row, is_away in zip(rows["train"], away, strict=True) if not is_away
+        ]
+    rows = {split: rows[split] for split in wanted if rows.get(split)}
+    if not rows:
+        return Data(name, classes, 0, (0, 0), crop, {}, "", notes)
+
+    checked, broken = _inspect([file for part in rows.values() for file, _ in part], workers)
+    if broken and not skip_broken:
+        raise UserError(
+            f"--data {name}: {len(broken)} of {len(checked) + len(broken)} pictures cannot be read; "
+            "mend or remove them, or leave them out with --skip-broken:\n" + "\n".join(broken)
+        )
+    if broken:
+        notes.append(f"{len(broken)} broken pictures left out")
+    rows = {s: [row for row in part if row[0] in checked] for s, part in rows.items()}
+    if "train" in rows and len({label for _, label in rows["train"]}) < len(classes):
+        raise UserError(f"--data {name}: a class has no readable training pictures left")
+
+    sides, greys, small = zip(*checked.values(), strict=True)
+    channels = like["channels"] if like else 1 if all(greys) else 3
+    if like:
+        image_size, crop = tuple(like["image_size"]), like["crop"]
+    elif max(sides) <= SMALL:
+        common = Counter(pixels.shape[:2] for pixels in small)
+        image_size, crop = max(common, key=lambda size: (common[size], size)), 1.0
+    else:
+        image_size = (photo_size, photo_size)
+
+    def read(file):
+        pixels = checked[file][2]
+        if pixels.shape[:2] != image_size or pixels.shape[2] > channels:
+            return pictures.read_image(file, channels, image_size, crop)
+        return np.broadcast_to(pixels, (*image_size, channels))
+
+    splits = {}
+    for split, part in rows.items():
+        files = [file for file, _ in part]
+        images = files
+        if max(*sides, *image_size) <= SMALL:
+            stacked = np.stack([read(file) for file in files])
+            images = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+        names = [file.relative_to(root).as_posix() for file in files]
+        splits[split] = Split(images, torch.tensor([label for _, label in part]), names)
+    listing = "".join(
+        f"{split}/{name}:{file.stat().st_size}\n"
+        for split, part in splits.items()
+        for name, file in zip(part.names, (file for file, _ in rows[split]), strict=True)
+    )
+    digest = hashlib.sha256(listing.encode()).hexdigest()
+    return Data(name, classes, channels, image_size, crop, splits, digest, notes)
+
+
+def _load_set(name, wanted, val, like) -> Data:
+    from safetensors import safe_open
+
+    folder = sources.ensure(name)
+    splits = {}
+    for file in {"test" if split == "test" else "train" for split in wanted}:
+        with safe_open(folder / f"{file}.safetensors", framework="pt") as stored:
+            images, labels = stored.get_tensor("images"), stored.get_tensor("labels")
+            header = stored.metadata()
+        parts = {file: torch.ones(len(labels), dtype=torch.bool)}
+        if file == "train":
+            away = stratified(labels, val)
+            parts = {"train": ~away, "val": away}
+        for split, mask in parts.items():
+            if split in wanted and mask.any():
+                rows = mask.nonzero().flatten()
+                splits[split] = Split(images[rows], labels[rows], [str(i) for i in rows.tolist()])
+    classes = json.loads(header["classes"])
+    if like and like["classes"] != classes:
+        raise UserError(
+            f"--data {name} has {len(classes)} classes ({classes[0]}, …), the weights were trained "
+            f"on {len(like['classes'])} ({like['classes'][0]}, …): give data with those classes"
+        )
+    channels, *image_size = images.shape[1:]
+    if like and (channels, image_size) != (like["channels"], like["image_size"]):
+        raise UserError(
+            f"--data {name}: pictures are {channels}x{image_size[0]}x{image_size[1]}, the weights "
+            f"were trained on {like['channels']}x{like['image_size'][0]}x{like['image_size'][1]}"
+        )
+    digest = hashlib.sha256(header["source_sha256"].encode()).hexdigest()
+    return Data(name, classes, channels, tuple(image_size), 1.0, splits, digest)
+
+
+def stratified(labels: Tensor, share: float) -> Tensor:
+    """Mark that share of each class, as bool [N]; the same ones always.  labels int64 [N].
+
+    The seed is not the run's own: two runs must be judged on the same pictures.
+    """
+    generator = torch.Generator().manual_seed(0)
+    marked = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        order = torch.randperm(len(members), generator=generator)
+        marked[members[order[: round(share * len(members))]]] = True
+    return marked
+
+
+def natural(text: str) -> list:
+    """A sort key under which 2 comes before 10."""
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", text) if p]
+
+
+def list_folder(root: Path) -> tuple[dict[str, dict[str, list[Path]]], list[str]]:
+    """split → class → files, and notes, for a folder with train/ (val/, test/) or classes only.
+
+    A folder with classes only is divided 80/10/10 by a hash of each file's relative name, so that
+    adding a picture moves no other.
+    Errors: UserError where there is no such layout, or fewer than two classes with pictures.
+    """
+    if not root.is_dir():
+        raise UserError(f"--data {root}: no such folder")
+    divided = (root / "train").is_dir()
+    tops = {s: root / s for s in ("train", "val", "test")} if divided else {"train": root}
+    found, others = {}, Counter()
+    for split, top in tops.items():
+        folders = [d for d in top.glob("*") if d.is_dir() and not d.name.startswith(".")]
+        found[split] = {}
+        for folder in sorted(folders, key=lambda d: natural(d.name)):
+            found[split][folder.name], strangers = pictures.find_images(folder)
+            others.update(strangers)
+    classes = found["train"]
+    expected = f"expected {tops['train']}/<class>/*.png (or .jpg, …) for two classes or more"
+    if len(classes) < 2:
+        raise UserError(f"--data {root}: {len(classes) or 'no'} class folder in it; {expected}")
+    for name, files in classes.items():
+        if not files:
+            raise UserError(f"--data {root}: class {name} has no pictures; {expected}")
+    for split, inside in found.items():
+        for name in inside:
+            if name not in classes:
+                raise UserError(
+                    f"--data {root}: {split}/{name} is a class that train/ does not have"
+                    f"{nearest(name, classes)}; rename or remove it"
+                )
+    if not divided:
+        found |= {split: {name: [] for name in classes} for split in ("train", "val", "test")}
+        for name, files in classes.items():
+            for file in files:
+                key = hashlib.sha256(file.relative_to(root).as_posix().encode()).digest()[0] / 256
+                split = "test" if key < 0.1 else "val" if key < 0.2 else "train"
+                found[split][name].append(file)
+        if not all(found["train"].values()):
+            name = next(name for name, files in found["train"].items() if not files)
+            raise UserError(f"--data {root}: class {name} has too few pictures to be divided")
+    kinds = ", ".join(sorted(others))
+    notes = [f"{others.total()} files ignored, not pictures by their names ({kinds})"]
+    return found, notes if others else []
+
+
+def is_small(root: Path) -> bool:
+    """Whether the training pictures of a folder are all at most SMALL pixels a side."""
+    return all(
+        pictures.longer_side(file) <= SMALL
+        for files in list_folder(root)[0]["train"].values()
+        for file in files
+    )
+
+
+class _Inspection(Dataset):
+    """What inspect_image says of each file, or the error's text."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i):
+        try:
+            return pictures.inspect_image(self.files[i], SMALL)
+        except pictures.UnreadableImage as error:
+            return str(error)
+
+
+def _inspect(files: list[Path], workers: int) -> tuple[dict[Path, tuple], list[str]]:
+    """Decode every file once: {file: (longer side, grey, pixels if small)}, and what is broken.
+
+    What was found of photographs is kept in data/inspected.json: they are decoded again only after
+    they have changed.
+    """
+    store = sources.DATA / "inspected.json"
+    known = json.loads(store.read_text()) if store.is_file() else {}
+    stamps = {}
+    for file in files:
+        state = file.stat()
+        stamps[file] = [str(file.resolve()), state.st_size, state.st_mtime_ns]
+    found = {
+        f: (*known[s[0]][2:], None) for f, s in stamps.items() if known.get(s[0], [])[:2] == s[1:]
+    }
+    new = [file for file in files if file not in found]
+    loader = DataLoader(
+        _Inspection(new), 64, collate_fn=list, num_workers=workers if len(new) > 256 else 0
+    )
+    broken = []
+    with tqdm(total=len(new), desc="reading pictures", disable=None, leave=False) as progress:
+        for file, result in zip(new, itertools.chain.from_iterable(loader), strict=True):
+            progress.update()
+            if isinstance(result, str):
+                broken.append(result)
+            else:
+                found[file] = result
+    photos = {
+        stamps[f][0]: [*stamps[f][1:], *found[f][:2]]
+        for f in new
+        if f in found and found[f][2] is None
+    }
+    if photos:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(store, json.dumps(known | photos))
+    return found, broken

@@ -1,0 +1,73 @@
+"""What a network gets right: one pass over a split, and every figure derived from it."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from dataset import on_device
+from transforms import Prepare
+
+COLUMNS = ("index", "label", "predicted", "in_top5", "probability", "loss")
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: DataLoader, prepare: Prepare, accelerator: Accelerator
+) -> Tensor:
+    """One row per picture of a split, float64 [N, 6] as COLUMNS says, in the split's order.
+
+    Every process gets all rows, however the pictures were divided: each picture counts once.
+    in_top5 is 0 or 1 (with fewer than 5 classes: among all of them); probability is that of the
+    predicted class; loss is the cross-entropy.  Leaves the model in evaluation mode.
+    """
+    model.eval()
+    parts = [torch.empty(0, len(COLUMNS), device=accelerator.device)]
+    for images, labels, index in on_device(loader, accelerator.device):
+        with accelerator.autocast():
+            logits = model(prepare(images))
+        logits = logits.float()  # [B, classes]
+        probability, predicted = logits.softmax(1).max(1)
+        in_top5 = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).any(1)
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        # float32 holds an index exactly up to 16.7 million pictures; nothing here waits for a GPU.
+        parts.append(torch.stack([index, labels, predicted, in_top5, probability, loss], 1))
+    rows = accelerator.pad_across_processes(torch.cat(parts), pad_index=-1)
+    rows = accelerator.gather(rows).cpu().double()
+    rows = rows[rows[:, 0] >= 0]
+    rows = rows[rows[:, 0].argsort()]
+    count = len(loader.dataset)
+    assert torch.equal(rows[:, 0], torch.arange(count).double()), f"{len(rows)} rows of {count}"
+    return rows
+
+
+def figures(rows: Tensor, classes: int) -> dict:
+    """Every figure of an evaluation, as fractions in 0..1; a class never met or predicted has 0.
+
+    rows [N, 6] from evaluate().  confusion[true][predicted] counts pictures; the macro figures are
+    means over all classes.
+    """
+    _, label, predicted, in_top5, _, loss = rows.unbind(1)
+    cells = (label * classes + predicted).long()
+    confusion = cells.bincount(minlength=classes**2).view(classes, classes)
+    hits, actual, claimed = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    precision = hits / claimed.clamp(min=1)
+    recall = hits / actual.clamp(min=1)
+    f1 = 2 * hits / (actual + claimed).clamp(min=1)
+    return {
+        "images": len(rows),
+        "loss": loss.mean().item(),
+        "top1": hits.sum().item() / len(rows),
+        "top5": in_top5.mean().item(),
+        "macro_precision": precision.mean().item(),
+        "macro_recall": recall.mean().item(),
+        "macro_f1": f1.mean().item(),
+        "per_class": [
+            {"images": n, "accuracy": r, "precision": p, "recall": r, "f1": f}
+            for n, p, r, f in zip(
+                actual.tolist(), precision.tolist(), recall.tolist(), f1.tolist(), strict=True
+            )
+        ],
+        "confusion": confusion.tolist(),
+    }

@@ -1,0 +1,282 @@
+"""The networks, and create_model() which makes one by name, fitted to the size of the pictures.
+
+    python model.py     # each of our own networks: parameters and output shape
+
+Importing this needs torch only.  timm and torchvision take seconds to import, so they are imported
+when one of their networks is asked for, and never for our own.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import options
+
+
+class TutorialCNN(nn.Sequential):
+    """A CIFAR-10 tutorial's network: images [N, channels, 32, 32] -> logits [N, classes].
+
+    The layers of Caffe's cifar10_quick (Jia et al. 2014, arXiv:1408.5093, after Krizhevsky's
+    cuda-convnet) as the tutorials build them: 2×2 max-pools in place of overlapping max and average
+    pools, and no activation anywhere, so that the pools are all that is not linear.  The numbers
+    of input channels and of classes are arguments.
+    """
+
+    input_size = (32, 32)
+    stem_note = ""
+
+    def __init__(self, classes: int, channels: int = 3):
+        super().__init__(
+            nn.Conv2d(channels, 32, 5, padding=2),
+            nn.MaxPool2d(2),  # [N, 32, 16, 16]
+            nn.Conv2d(32, 32, 5, padding=2),
+            nn.MaxPool2d(2),  # [N, 32, 8, 8]
+            nn.Conv2d(32, 64, 5, padding=2),
+            nn.MaxPool2d(2),  # [N, 64, 4, 4]
+            nn.Flatten(),
+            nn.Linear(1024, 64),
+            nn.Linear(64, classes),
+        )
+
+
+class LeNet(nn.Module):
+    """PyTorch's 60-minute tutorial network: images [N, channels, 32, 32] -> logits [N, classes].
+
+    After LeNet-5 (LeCun, Bottou, Bengio, Haffner 1998, "Gradient-based learning applied to document
+    recognition", Proc. IEEE 86) with the tutorial's deviations: ReLU, plain max-pools, a second
+    convolution that sees all six maps, and linear outputs.  Layer names are the tutorial's, so
+    its weights fit.  The numbers of input channels and of classes are arguments.
+    """
+
+    input_size = (32, 32)
+    stem_note = ""
+
+    def __init__(self, classes: int, channels: int = 3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(images)), 2)  # [N, 6, 14, 14]
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)  # [N, 16, 5, 5]
+        x = F.relu(self.fc1(x.flatten(1)))
+        return self.fc3(F.relu(self.fc2(x)))
+
+
+NETWORKS = {"tutorial_cnn": TutorialCNN, "lenet": LeNet}
+
+
+def create_model(
+    name: str, classes: int, channels: int = 3, size: tuple[int, int] = (32, 32)
+) -> nn.Module:
+    """A new network with random weights: images [N, channels, *input_size] -> logits [N, classes].
+
+    name is one of NETWORKS, any timm name, or torchvision/ and a torchvision name; size is the
+    (height, width) of the pictures.  The module carries two plain attributes:
+
+        input_size  (height, width) it must be fed: size, or the smallest it accepts above that
+                    (its native size where it accepts no other)
+        stem_note   the strides that were changed for small pictures, '' for the original stem
+
+    The same arguments always give the same structure; parameter names and shapes are those of the
+    library's own network.  UserError: an unknown name, or a network that accepts no size.
+    """
+    library = _library(name)
+    if library == "own":
+        return NETWORKS[name](classes, channels)
+    if library == "timm":
+        import timm
+
+        network = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+    else:
+        network = _torchvision(name.removeprefix("torchvision/"), classes, channels)
+    _fit(network, name, channels, size)
+    return network
+
+
+def network_defaults(name: str) -> dict:
+    """How a network's photographs are prepared, where neither the data nor the weights say it.
+
+    image_size   side in pixels; for our own networks the 32 that they are made for
+    mean, std    three floats each, 0..1 scale
+    crop         the share of the resized picture's side that the centre crop keeps
+    interpolation   'bilinear' or 'bicubic'
+
+    timm networks: the configuration of their pretrained weights; all others: ImageNet's statistics.
+    """
+    library = _library(name)
+    if library == "timm":
+        import timm
+
+        config = timm.get_pretrained_cfg(name)
+        config = config.to_dict() if config else {"input_size": (3, 224, 224)}
+        config = timm.data.resolve_data_config(pretrained_cfg=config)
+        return {
+            "image_size": config["input_size"][-1],
+            "mean": list(config["mean"]),
+            "std": list(config["std"]),
+            "crop": config["crop_pct"],
+            "interpolation": config["interpolation"],
+        }
+    return {
+        "image_size": 32 if library == "own" else 224,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "crop": 0.875,
+        "interpolation": "bilinear",
+    }
+
+
+def _library(name: str) -> str:
+    """'own', 'timm' or 'torchvision': where a network comes from; UserError if it is unknown."""
+    if name in NETWORKS:
+        return "own"
+    if ":" in name:  # hf-hub:, hf_hub: and local-dir: let timm fetch whatever the name says
+        raise options.UserError(f"model {name}: give a plain timm name; no hub is looked up")
+    import torchvision
+
+    others = [
+        f"torchvision/{known}" for known in torchvision.models.list_models(torchvision.models)
+    ]
+    if name in others:
+        return "torchvision"
+    import timm
+
+    # What follows a dot names pretrained weights, whose configuration is then used.
+    if timm.is_model(name) and ("." not in name or timm.is_model_pretrained(name)):
+        return "timm"
+    if f"torchvision/{name}" in others:
+        hint = f" (did you mean torchvision/{name}?)"
+    else:
+        hint = options.nearest(name.partition(".")[0], [*NETWORKS, *timm.list_models(), *others])
+    raise options.UserError(
+        f"unknown model {name}{hint}; `python model.py` lists our own, timm.list_models() timm's"
+    )
+
+
+def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
+    """A torchvision network; with other than 3 channels its first convolution is made anew."""
+    import torchvision
+
+    extra = {}
+    if name in ("googlenet", "inception_v3"):  # without auxiliary outputs, and without the warning
+        extra = {"aux_logits": False, "init_weights": True}
+    network = torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
+    first = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    if channels != first.in_channels:
+        first.in_channels = channels
+        weight = first.weight.new_empty(first.out_channels, channels, *first.kernel_size)
+        first.weight = nn.Parameter(weight)
+        first.reset_parameters()
+    return network
+
+
+@torch.no_grad()
+def _fit(network: nn.Module, name: str, channels: int, size: tuple[int, int]) -> None:
+    """Set input_size and stem_note, after reducing the strides of the stem for small pictures.
+
+    A network for photographs shrinks them fourfold before it looks closely, which leaves 8×8 of a
+    32×32 picture.  So at up to 40 px the first factor of 4 is taken out, at up to 64 px the first
+    factor of 2.  The shorter side decides: it is the one that shrinks to nothing.  Where the
+    network cannot take the result, larger pictures are tried, up to its native size.
+    """
+    native = network_defaults(name)["image_size"]
+    # All trials run on copies without data: no arithmetic, no memory, and the original stays whole.
+    ghost = copy.deepcopy(network).eval().to("meta")
+    layers = _strided(ghost, channels, native)
+    # A single strided layer is the patch embedding of a ViT, Swin or Mixer; where none sees the
+    # whole picture, something else shrinks it first.  Both stay, and small pictures are enlarged.
+    rigid = len(layers) < 2 or min(shrunk for shrunk, _ in layers.values()) > 1
+    for height, width in _sizes(size, native, rigid):
+        side = min(height, width)
+        cut = 1 if rigid or side > 64 else 2 if side > 40 else 4
+        # What a layer has before it and its own stride may together not use up the cut.
+        changes = {
+            layer: (stride, max(1, stride * shrunk // cut))
+            for layer, (shrunk, stride) in layers.items()
+            if shrunk < cut
+        }
+        trial = copy.deepcopy(ghost)
+        _restride(trial, changes)
+        refusal = _refusal(trial, channels, height, width)
+        if not refusal:
+            break
+    else:
+        raise options.UserError(f"{name} takes no picture size up to {native}×{native}: {refusal}")
+    _restride(network, changes)
+    network.input_size = (height, width)
+    network.stem_note = ""
+    if changes:
+        strides = ", ".join(f"{layer} {old} to {new}" for layer, (old, new) in changes.items())
+        network.stem_note = f"Strides changed for pictures of {height}×{width}: {strides}."
+
+
+def _sizes(size: tuple[int, int], native: int, rigid: bool):
+    """The (height, width) to try: the one asked for, ever larger ones, and the native one."""
+    if rigid:
+        return [size] * (min(size) > 64) + [(native, native)]
+    steps = [*range(8, 65, 8), *range(96, native, 32)]
+    larger = [(max(size[0], side), max(size[1], side)) for side in steps if side > min(size)]
+    return [size, *larger, (native, native)]
+
+
+def _refusal(network: nn.Module, channels: int, height: int, width: int) -> str:
+    """Why a network on the meta device cannot take such pictures, in one line; '' if it can."""
+    try:
+        network(torch.empty(1, channels, height, width, device="meta"))
+    except Exception as error:  # each network refuses in its own way: assertions, shapes, values
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def _strided(network: nn.Module, channels: int, native: int) -> dict[str, tuple[int, int]]:
+    """The convolutions and pools with a stride: name -> (how far the picture had shrunk, stride).
+
+    Found by running the network, so neither the order of registration nor the kind of block
+    matters, and parallel branches, which take the picture at one size, are treated alike.
+    """
+    found = {}
+
+    def watch(name: str, stride: int):
+        def note(layer, inputs):
+            if inputs[0].dim() == 4:  # [N, C, H, W], not tokens
+                found.setdefault(name, (round(native / inputs[0].shape[-1]), stride))
+
+        return note
+
+    hooks = []
+    for name, layer in network.named_modules():
+        stride = getattr(layer, "stride", 1)
+        stride = max(stride) if isinstance(stride, tuple) else stride
+        if not list(layer.children()) and stride > 1:
+            hooks.append(layer.register_forward_pre_hook(watch(name, stride)))
+    _refusal(network, channels, native, native)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _restride(network: nn.Module, changes: dict[str, tuple[int, int]]) -> None:
+    """Give each named layer its new stride, in place; a pool left with none becomes an identity.
+
+    Neither touches a parameter or its name: pools, timm's blur pools among them, have none.
+    """
+    for name, (_, stride) in changes.items():
+        layer = network.get_submodule(name)
+        if stride == 1 and not layer.state_dict():
+            network.set_submodule(name, nn.Identity())
+        else:
+            layer.stride = (stride, stride)
+
+
+if __name__ == "__main__":
+    for name in NETWORKS:
+        network = create_model(name, classes=10)
+        parameters = sum(p.numel() for p in network.parameters())
+        shape = list(network(torch.zeros(1, 3, 32, 32)).shape)
+        print(f"{name:14}{parameters:>12,} parameters   [1, 3, 32, 32] -> {shape}")

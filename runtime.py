@@ -1,0 +1,103 @@
+"""Start-up of the commands that run a network: processes, threads and precision.
+
+Accelerate decides nearly all of it; what is here mends where a launcher and a CPU leave it wrong.
+"""
+
+import os
+import platform
+from importlib.metadata import version
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import broadcast_object_list
+from joblib import cpu_count  # knows of affinity and of container quotas
+
+from options import UserError
+
+
+def launch() -> PartialState:
+    """Join the other processes of this run, if any, and take this one's share of the cores.
+
+    Errors: UserError where the launcher started processes that do not find each other.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not torch.accelerator.is_available():
+        # Without this each process would believe it is alone and write over the others' files.
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    state = PartialState()
+    if state.num_processes != world:
+        raise UserError(
+            f"{world} processes were launched, but this one sees {state.num_processes}: on a CPU "
+            "start them with `make train PROCESSES=N`"
+        )
+    launched = any(k in os.environ for k in ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"))
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads is None or (launched and threads == "1"):  # launchers set 1 and waste the others
+        torch.set_num_threads(cores())
+    return state
+
+
+def from_main(state: PartialState, choose):
+    """What choose() returns on the first process, on all of them."""
+    chosen = [choose() if state.is_main_process else None]
+    return broadcast_object_list(chosen)[0]
+
+
+def versions() -> dict[str, str]:
+    """Of what has a say in the bits of a result."""
+    found = {name: version(name) for name in ("torch", "torchvision", "accelerate", "timm")}
+    return {"python": platform.python_version(), **found}
+
+
+def cores() -> int:
+    """Cores that each process of this run may use."""
+    return max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def default_workers() -> int:
+    """Processes to decode photographs with: more than 8 to a training process do not pay."""
+    return min(8, cores())
+
+
+def accelerator(precision: str) -> Accelerator:
+    """The Accelerator for --precision, after launch().
+
+    Errors: UserError where the device cannot compute in that precision.
+    """
+    precision = choose_precision(precision, PartialState().device.type)
+    try:
+        # Buffers are averaged once an epoch (see sync_buffers), not sent at every step.
+        plain = DistributedDataParallelKwargs(broadcast_buffers=False)
+        return Accelerator(mixed_precision=precision, kwargs_handlers=[plain])
+    except (ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--precision {precision}: {reason}; try --precision auto") from error
+
+
+def choose_precision(asked: str, device: str) -> str:
+    """'no', 'fp16', 'bf16' or 'fp8' for what was asked here and of `accelerate launch`."""
+    given = os.environ.get("ACCELERATE_MIXED_PRECISION")  # 'no' also where nothing was asked
+    if asked == "no" or given in ("fp16", "bf16", "fp8"):
+        return "no" if asked == "no" else given
+    if asked != "auto":
+        return asked
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if device == "cpu" and cpu_has_bf16() else "no"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself: emulated, it is slower than float32."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = {flag for line in file if ":" in line for flag in line.split(":")[1].split()}
+    except OSError:
+        return False  # not Linux
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})  # the last one is Arm's
+
+
+def sync_buffers(model: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Average batch-norm statistics over the processes: each has seen its own pictures only."""
+    for buffer in model.buffers():
+        if accelerator.num_processes > 1 and buffer.is_floating_point():
+            buffer.copy_(accelerator.reduce(buffer, "mean"))

@@ -1,0 +1,175 @@
+"""Measure trained weights on the test pictures.
+
+    python scripts/test.py                              the newest run on its own test pictures
+    python scripts/test.py --weights runs/digits-lenet/model.safetensors
+
+A table goes to the console; report/metrics.json, report/predictions.csv (a row per picture) and
+report/predictions.png go beside the weights, and ten test pictures to samples/.
+"""
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import _root  # noqa: F401
+import torch
+
+import checkpoint
+import dataset
+import images as pictures
+import options
+from checkpoint import atomic_write
+from model import create_model
+from options import UserError, number
+from transforms import Prepare
+
+
+def build_parser() -> options.Parser:
+    parser = options.parser(__doc__)
+    parser.add_argument(
+        "--weights", metavar="FILE", help="a model.safetensors (default: the newest run's)"
+    )
+    parser.add_argument(
+        "--data", help="a set or folder with the same classes (default: trained on)"
+    )
+    parser.add_argument("-b", "--batch-size", type=number(int, 1), default=512)
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder of report/ and samples/ (default: the weights')"
+    )
+    options.add_running_options(parser)
+    return parser
+
+
+def table(result: dict, classes: list[str]) -> str:
+    """The figures of every class and of all, to read."""
+    width = max(8, *(len(name) for name in classes))
+    lines = [f"{'class':{width}}  images  accuracy  precision  recall      F1"]
+    for name, row in zip(classes, result["per_class"], strict=True):
+        lines.append(
+            f"{name:{width}}  {row['images']:6,}  {row['accuracy']:8.2%}  {row['precision']:9.2%}  "
+            f"{row['recall']:6.2%}  {row['f1']:6.2%}"
+        )
+    lines.append(
+        f"{'all':{width}}  {result['images']:6,}  {result['top1']:8.2%}  "
+        f"{result['macro_precision']:9.2%}  {result['macro_recall']:6.2%}  "
+        f"{result['macro_f1']:6.2%}   (macro means)"
+    )
+    return "\n".join(lines)
+
+
+def predictions_csv(rows: torch.Tensor, names: list[str], classes: list[str]) -> str:
+    """A line per picture: its file or index, its label, the prediction and its probability."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "label", "prediction", "probability"])
+    for index, label, predicted, _, probability, _ in rows.tolist():
+        writer.writerow(
+            [names[int(index)], classes[int(label)], classes[int(predicted)], f"{probability:.6f}"]
+        )
+    return text.getvalue()
+
+
+def report(args, weights: Path, header: dict, data: dataset.Data, split: str, rows: torch.Tensor):
+    """Print the figures of an evaluation and write report/, samples/ and the TensorBoard pages."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    from metrics import figures
+
+    classes, part, epoch = data.classes, data.splits[split], header["epoch"]
+    result = figures(rows, len(classes))
+    output = Path(args.output) if args.output else weights.parent
+    try:
+        (output / "report").mkdir(parents=True, exist_ok=True)
+        (output / "samples").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}); give --output") from error
+
+    facts = {"weights": str(weights), "epoch": epoch, "data": data.name, "split": split}
+    text = json.dumps({**facts, "classes": classes, **result}, indent=1, ensure_ascii=False)
+    atomic_write(output / "report" / "metrics.json", text)
+    atomic_write(output / "report" / "predictions.csv", predictions_csv(rows, part.names, classes))
+
+    # A look at pictures spread over the whole split, the wrong ones in red.
+    shown = torch.linspace(0, len(part) - 1, min(32, len(part))).round().long()
+    images, labels, _ = dataset.Pictures(part, data)[0, shown.tolist()]
+    predicted = rows[shown, 2].long()
+    names = zip(labels.tolist(), predicted.tolist(), strict=True)
+    captions = [f"{classes[true]}\n→ {classes[guess]}" for true, guess in names]
+    grid = pictures.draw_grid(images, captions, (labels != predicted).tolist())
+    atomic_write(output / "report" / "predictions.png", pictures.encode_png(grid))
+    with SummaryWriter(output) as writer:
+        writer.add_image(f"{split}_predictions", grid, epoch)
+        for key in ("loss", "top1", "top5", "macro_precision", "macro_recall", "macro_f1"):
+            writer.add_scalar(f"{split}/{key}", result[key], epoch)
+
+    # Ten pictures in full size for predict.py to answer.
+    chosen = torch.linspace(0, len(part) - 1, min(10, len(part))).round().long().tolist()
+    for number, i in enumerate(chosen):
+        if part.in_memory:
+            image = part.images[i]
+        else:
+            pixels = pictures.read_image(part.images[i], data.channels)
+            image = torch.from_numpy(pixels).permute(2, 0, 1)
+        name = classes[part.labels[i]].replace("/", "-")
+        sample = output / "samples" / f"{number}-{name}.png"
+        atomic_write(sample, pictures.encode_png(image))
+
+    print(table(result, classes))
+    print(
+        f"{split} accuracy {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss "
+        f"{result['loss']:.4f}, {result['images']:,} pictures"
+    )
+    print(f"report: {output / 'report'}")
+    print(f"next: {options.command('predict.py', sample)}")
+
+
+def main(argv=None):
+    args = options.parse(build_parser(), argv)
+    weights = Path(args.weights) if args.weights else checkpoint.latest_weights()
+    model, prepare, header = checkpoint.load_model(weights)
+    # These take seconds to import, which mistakes need not wait for.
+    import runtime
+    from metrics import evaluate
+
+    # Data: the test pictures, or the validation ones where there are none.
+    state = runtime.launch()
+    accelerator = runtime.accelerator(args.precision)
+    device, say = accelerator.device, accelerator.print
+    workers = runtime.default_workers() if args.workers is None else args.workers
+    with state.main_process_first():
+        for split in ("test", "val"):
+            data = dataset.load(
+                args.data or header["data"],
+                [split],
+                val=header["options"]["val"],
+                like=header,
+                skip_broken=args.skip_broken,
+                workers=workers,
+            )
+            if data.splits:
+                break
+        else:
+            raise UserError(f"--data {data.name} has neither test nor validation pictures")
+    for note in data.notes:
+        say(note)
+    if split == "val":
+        say(
+            f"{data.name} has no test pictures: these are the validation pictures, by which the "
+            "weights were chosen"
+        )
+
+    # Evaluate.
+    loader = data.loader(
+        split, args.batch_size, workers=workers, rank=state.process_index, world=state.num_processes
+    )
+    rows = evaluate(model.to(device), loader, prepare.to(device), accelerator)
+    if accelerator.is_main_process:
+        report(args, weights, header, data, split, rows)
+    accelerator.wait_for_everyone()  # without it gloo now and then aborts while shutting down
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    sys.exit(options.run(main))

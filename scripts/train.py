@@ -1,0 +1,389 @@
+"""Train an image classifier.
+
+    make train                                          CIFAR-10, and an evaluation afterwards
+    python scripts/train.py --data digits               bundled handwritten digits, seconds
+    python scripts/train.py --data path/to/pictures     a folder: train/<class>/*.jpg, or <class>/*.jpg
+    python scripts/train.py --data cifar10 --config tutorial
+    accelerate launch scripts/train.py                  the same on whatever accelerate is set up for
+
+A data set's recipe (recipes/*.yaml) supplies the defaults; an option given replaces only itself;
+--model or --config drops the recipe.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import _root  # noqa: F401
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import checkpoint
+import dataset
+import options
+from dataset import on_device
+from images import draw_grid
+from model import create_model, network_defaults
+from options import UserError, number
+from transforms import AUGMENTATIONS, Prepare, augment, channel_statistics
+
+
+def build_parser() -> options.Parser:
+    parser = options.parser(__doc__)
+    parser.add_argument(
+        "--config", metavar="FILE", help="a YAML file of options, or a recipe's name"
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", help="a known set's name, or a folder (default: cifar10)")
+    group.add_argument(
+        "--val",
+        type=number(float, 0, 0.9),
+        default=0.1,
+        metavar="SHARE",
+        help="of the training pictures, kept for validation where there is no val/ (default: 0.1);\n"
+        "0: train on all and keep the last weights",
+    )
+    group.add_argument(
+        "--image-size",
+        type=number(int, 1),
+        metavar="PIXELS",
+        help="side of the pictures that the network is fed (default: small pictures as they are,\n"
+        "photographs as the network was designed for)",
+    )
+    group.add_argument(
+        "--augment",
+        choices=list(AUGMENTATIONS),
+        default="none",
+        help="light: shifts or random crops; standard: and mirroring (default: none)",
+    )
+    for name in ("mean", "std"):
+        group.add_argument(
+            f"--{name}",
+            type=number(float, 0, 1, above=name == "std"),
+            nargs="+",
+            help=f"{name} of each channel, 0..1 scale (default: the training pictures' own, or the\n"
+            "network's for photographs)",
+        )
+
+    group = parser.add_argument_group("network and training")
+    group.add_argument("--model", help="see `python model.py`; any timm name or torchvision/NAME")
+    group.add_argument("--epochs", type=number(int, 1), default=10)
+    group.add_argument(
+        "-b",
+        "--batch-size",
+        type=number(int, 1),
+        default=64,
+        help="pictures per optimizer step, over all processes (default: 64)",
+    )
+    group.add_argument(
+        "--accumulate",
+        type=number(int, 1),
+        default=1,
+        metavar="PARTS",
+        help="parts that a batch is computed in, to save memory (default: 1)",
+    )
+    group.add_argument("--optimizer", choices=["sgd", "adamw"], default="adamw")
+    group.add_argument("--lr", type=number(float, 0, above=True), default=0.001)
+    group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd")
+    group.add_argument("--weight-decay", type=number(float, 0), default=0.01)
+    group.add_argument("--schedule", choices=["constant", "cosine"], default="cosine")
+    group.add_argument(
+        "--warmup", type=number(int, 0), default=0, metavar="STEPS", help="of linear rise of the lr"
+    )
+    group.add_argument(
+        "--clip", type=number(float, 0, above=True), metavar="NORM", help="largest gradient norm"
+    )
+    group.add_argument("--seed", type=number(int, 0), default=0)
+
+    options.add_running_options(parser)
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", metavar="DIR", help="run folder (default: runs/<data>-<model>)")
+    group.add_argument(
+        "--save-every-epoch",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep each epoch's weights in epochs/",
+    )
+    group.add_argument(
+        "--log-every", type=number(int, 1), default=50, metavar="STEPS", help="(default: 50)"
+    )
+    return parser
+
+
+def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:
+    """Share of --lr at an optimizer step: a linear rise over `warmup` steps, then the schedule."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
+
+
+def run_name(args) -> str:
+    """The name of a run's folder below runs/."""
+    return f"{Path(args.data).resolve().name}-{args.model.replace('/', '-')}"
+
+
+def describe(record: dict, epochs: int, left: float) -> str:
+    """An epoch's line on the console."""
+    line = f"epoch {record['epoch']}/{epochs}"
+    for split in ("train", "val"):
+        if f"{split}_loss" in record:
+            loss, accuracy = record[f"{split}_loss"], record[f"{split}_accuracy"]
+            line += f"  {split} loss {loss:.4f} accuracy {accuracy:.2%}"
+    line += f"  lr {record['lr']:.2g}  {record['images_per_second']:,.0f} images/s"
+    return f"{line}  {left:.0f} s left"
+
+
+def choose_statistics(args, data, network) -> tuple[list[float], list[float]]:
+    """Mean and deviation per channel: the recipe's, else small pictures' own, else the network's."""
+    chosen = []
+    own = None
+    train = data.splits["train"].images
+    if isinstance(train, torch.Tensor) and not (args.mean and args.std):
+        own = dict(zip(("mean", "std"), channel_statistics(train), strict=True))
+    for key in ("mean", "std"):
+        values = getattr(args, key) or (own or network)[key]
+        if len(values) not in (1, 3, data.channels):
+            raise UserError(f"--{key}: give 1 or {data.channels} numbers, one per channel")
+        if data.channels == 1:
+            values = [sum(values) / len(values)]
+        chosen.append(values * 3 if len(values) < data.channels else values)
+    return tuple(chosen)
+
+
+def main(argv=None):
+    # Options: the command line over the recipe of the data set.
+    parser = build_parser()
+    args = options.parse(parser, argv)
+    # These take seconds to import, which --help and a misspelt option need not wait for.
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    import runtime
+    from metrics import evaluate, figures
+
+    state = runtime.launch()
+    args.data = runtime.from_main(state, lambda: dataset.choose(args.data))
+    if not args.model and not args.config:
+        chosen = args.data
+        args = options.parse(parser, argv, recipe=dataset.recipe_for(chosen))
+        args.data = chosen
+    if not args.model:
+        raise UserError(f"--config {args.config} names no model: add one there, or give --model")
+    rank, world = state.process_index, state.num_processes
+    if args.batch_size % world:
+        near = max(world, args.batch_size // world * world)
+        raise UserError(
+            f"--batch-size {args.batch_size} cannot be divided among {world} processes; "
+            f"{near} and {near + world} can"
+        )
+
+    # Accelerator and seed.
+    accelerator = runtime.accelerator(args.precision)
+    device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
+    torch.manual_seed(args.seed)
+
+    # Data.  The first process inspects the files of a folder; the others read what it found.
+    network = network_defaults(args.model)
+    workers = runtime.default_workers() if args.workers is None else args.workers
+    with state.main_process_first():
+        data = dataset.load(
+            args.data,
+            ["train", "val"],
+            val=args.val,
+            photo_size=args.image_size or network["image_size"],
+            crop=network["crop"],
+            skip_broken=args.skip_broken,
+            workers=workers,
+        )
+    train, val = data.splits["train"], data.splits.get("val")
+    if len(train) < 2 * world:
+        raise UserError(f"--data {args.data}: {len(train)} training pictures are too few")
+    shared = {"workers": workers, "rank": rank, "world": world}
+    train_loader = data.loader(
+        "train", args.batch_size, seed=args.seed, augment=args.augment, **shared
+    )
+    val_loader = data.loader("val", 4 * args.batch_size, **shared) if val else None
+
+    # Model and optimizer.
+    size = (args.image_size,) * 2 if args.image_size else data.image_size
+    model_args = {"classes": len(data.classes), "channels": data.channels, "size": size}
+    model = create_model(args.model, **model_args)
+    mean, std = choose_statistics(args, data, network)
+    prepare = Prepare(mean, std, model.input_size).to(device)
+    model = model.to(memory_format=torch.channels_last)
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay
+        )
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)  # device, casts, several processes
+    plain = accelerator.unwrap_model(model)
+    torch.manual_seed(args.seed + rank)  # what dropout draws differs between processes
+
+    # The run folder, which only the first process writes, and what is said once.
+    if is_main:
+        run = checkpoint.new_run(args.output or options.RUNS / run_name(args))
+        checkpoint.atomic_write(run / "options.yaml", options.as_yaml(args))
+        writer = SummaryWriter(run)
+    header = {
+        "model": args.model,
+        "model_args": model_args,
+        "stem": plain.stem_note,
+        "classes": data.classes,
+        "channels": data.channels,
+        "image_size": data.image_size,
+        "crop": data.crop,
+        "input_size": plain.input_size,
+        "mean": mean,
+        "std": std,
+        "data": args.data,
+        "data_sha256": data.sha256,
+        "versions": runtime.versions(),
+        "options": vars(args),
+    }
+    for note in data.notes:
+        say(note)
+    if plain.input_size != data.image_size:
+        sizes = ["x".join(map(str, size)) for size in (data.image_size, plain.input_size)]
+        say(f"pictures of {sizes[0]} pixels are resized to {sizes[1]}")
+    if plain.stem_note:
+        say(plain.stem_note)
+    say(
+        f"{args.data}: {len(train):,} pictures to train on, {len(val or ()):,} to validate, "
+        f"{len(data.classes)} classes"
+    )
+    say(
+        f"{args.model}: {sum(p.numel() for p in plain.parameters()):,} parameters; {device.type}, "
+        f"precision {accelerator.mixed_precision}, {world} x {torch.get_num_threads()} threads"
+    )
+
+    step, total = 0, args.epochs * len(train_loader)
+    best, best_score, history = None, None, []
+    began = time.perf_counter()
+    for epoch in range(args.epochs):
+        # Train.  Nothing in a step waits for the device, but for the loss every --log-every steps.
+        model.train()
+        train_loader.sampler.epoch = epoch
+        epoch_began = time.perf_counter()
+        sums = torch.zeros(3)  # loss, hits and pictures of the epoch, over all processes
+        recent, recent_images = torch.zeros(2, device=device), 0  # since they were last summed
+        batches = tqdm(
+            on_device(train_loader, device),
+            f"epoch {epoch + 1}/{args.epochs}",
+            len(train_loader),
+            leave=False,
+            disable=None if is_main else True,
+        )
+        for i, (images, labels, index) in enumerate(batches):
+            lr = args.lr * lr_factor(step, total, args.warmup, args.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            images = augment(images, args.augment, not train.in_memory, args.seed, epoch, index)
+            if step == 0 and is_main:
+                shown = prepare.undo(prepare(images[:32])).cpu()
+                names = [data.classes[label] for label in labels[:32].tolist()]
+                writer.add_image("training_pictures", draw_grid(shown, names), step)
+            # Every picture weighs the same, in whichever part, process or short batch it is;
+            # `world` undoes the mean that Accelerate takes over the processes.
+            batch_images = train_loader.sampler.size(i)
+            weight = world / batch_images
+            parts = max(1, min(args.accumulate, len(labels) // 2))
+            for k, (x, y) in enumerate(
+                zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+            ):
+                last = k == parts - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    logits = model(prepare(x))
+                    loss = F.cross_entropy(logits, y, reduction="sum")
+                    accelerator.backward(loss * weight)
+                with torch.no_grad():
+                    hits = (logits.argmax(1) == y).sum()
+                    recent += torch.stack([loss, hits])
+            if args.clip:
+                accelerator.clip_grad_norm_(model.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            recent_images += batch_images
+            if step % args.log_every == 0 or i == len(train_loader) - 1:
+                loss, hits = accelerator.reduce(recent).tolist()
+                if is_main:
+                    writer.add_scalar("train_loss", loss / recent_images, step)
+                    writer.add_scalar("learning_rate", lr, step)
+                sums += torch.tensor([loss, hits, recent_images])
+                recent, recent_images = torch.zeros_like(recent), 0
+        seconds = time.perf_counter() - epoch_began
+        record = {
+            "epoch": epoch + 1,
+            "train_loss": (sums[0] / sums[2]).item(),
+            "train_accuracy": (sums[1] / sums[2]).item(),
+            "lr": lr,
+            "images_per_second": sums[2].item() / seconds,
+            "seconds": seconds,
+        }
+
+        # Validate.
+        runtime.sync_buffers(plain, accelerator)
+        if val:
+            result = figures(evaluate(plain, val_loader, prepare, accelerator), len(data.classes))
+            record |= {"val_loss": result["loss"], "val_accuracy": result["top1"]}
+        history.append(record)
+
+        # Save and log.  Without validation pictures the last weights are kept, else the best.
+        # Few validation pictures often tie in accuracy: then the smaller loss decides.
+        score = (record["val_accuracy"], -record["val_loss"]) if val else (epoch,)
+        if better := best is None or score > best_score:
+            best, best_score = record, score
+        summary = {
+            "best_epoch": best["epoch"],
+            "val_accuracy": best.get("val_accuracy"),
+            "train_seconds": sum(r["seconds"] for r in history),
+            "seconds": time.perf_counter() - began,
+        }
+        if is_main:
+            header |= {"epoch": epoch + 1, "validation": record}
+            keep = [run / "model.safetensors"] if better else []
+            if args.save_every_epoch:
+                keep.append(run / "epochs" / f"epoch-{epoch + 1:03d}.safetensors")
+            for path in keep:
+                checkpoint.save(path, plain.state_dict(), header)
+            if epoch == 0:
+                checkpoint.point_latest(run)
+            metrics = {"epochs": history, "summary": summary}
+            checkpoint.atomic_write(run / "metrics.json", json.dumps(metrics, indent=1))
+            for key, value in record.items():
+                writer.add_scalar(f"epoch/{key}", value, epoch + 1)
+        left = (time.perf_counter() - began) / (epoch + 1) * (args.epochs - epoch - 1)
+        say(describe(record, args.epochs, left))
+
+    # Where the weights are, and which command comes next.
+    if is_main:
+        results = {f"result/{k}": v for k, v in best.items() if k.startswith(("train_", "val_"))}
+        flat = {
+            k: v if isinstance(v, int | float | bool) else str(v) for k, v in vars(args).items()
+        }
+        for part in hparams(flat, results):  # the writer's own call makes a folder of its own
+            writer.file_writer.add_summary(part)
+        for key, value in results.items():
+            writer.add_scalar(key, value)
+        writer.close()
+        reached = f", validation accuracy {best['val_accuracy']:.2%}" if val else ""
+        print(f"weights of epoch {best['epoch']}{reached}: {run / 'model.safetensors'}")
+        print(f"training took {summary['train_seconds']:.1f} s")
+        print(f"next: {options.command('test.py', '--weights', run / 'model.safetensors')}")
+    accelerator.wait_for_everyone()  # without it gloo now and then aborts while shutting down
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    sys.exit(options.run(main))

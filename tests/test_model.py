@@ -1,0 +1,217 @@
+"""The networks: their numbers, the sizes and channels they take, and the names they go by."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import model
+from options import ROOT, UserError
+
+NAMES = [
+    "mobilenetv3_small_100",
+    "mobilenetv3_large_100",
+    "torchvision/shufflenet_v2_x1_0",
+    "tf_efficientnet_b2",
+    "seresnext50_32x4d",
+    "legacy_xception",
+    "vit_tiny_patch16_224",
+]
+SHAPES = [
+    (1, 8, 8),
+    (1, 28, 28),
+    (3, 32, 32),
+    pytest.param((3, 224, 224), marks=pytest.mark.slow),
+]
+
+
+def count(network) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def shapes(network) -> dict:
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
+def test_tutorial_cnn():
+    """tutorial_cnn has the parameters of its five layers, counted by hand."""
+    layers = [3 * 32 * 25 + 32, 32 * 32 * 25 + 32, 32 * 64 * 25 + 64, 1024 * 64 + 64, 64 * 10 + 10]
+    network = model.create_model("tutorial_cnn", 10)
+    assert count(network) == sum(layers) == 145_578
+    assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert not [m for m in network if isinstance(m, torch.nn.ReLU)]
+
+
+def test_lenet():
+    """lenet has the parameters of its five layers, counted by hand."""
+    layers = [3 * 6 * 25 + 6, 6 * 16 * 25 + 16, 400 * 120 + 120, 120 * 84 + 84, 84 * 10 + 10]
+    network = model.create_model("lenet", 10)
+    assert count(network) == sum(layers) == 62_006
+    assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", model.NETWORKS)
+def test_own_networks_take_channels_classes_and_enlarged_pictures(name):
+    """Any number of channels and classes; the picture is fed at 32×32 whatever its own size."""
+    network = model.create_model(name, 7, channels=1, size=(8, 8))
+    assert (network.input_size, network.stem_note) == ((32, 32), "")
+    assert network(torch.rand(2, 1, *network.input_size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_one_training_step(name, shape):
+    """Every network trains on every kind of picture, and no parameter is left out."""
+    torch.manual_seed(0)
+    network = model.create_model(name, 10, channels=shape[0], size=shape[1:])
+    assert network.training
+    assert all(have >= asked for have, asked in zip(network.input_size, shape[1:], strict=True))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    images = F.interpolate(torch.rand(2, *shape), network.input_size, mode="bilinear")
+    loss = F.cross_entropy(network(images), torch.tensor([1, 2]))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert [n for n, p in network.named_parameters() if p.grad is None] == []
+    optimizer.step()
+    assert all(p.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_100", "legacy_xception", "resnetblur50"])
+def test_weights_fit_the_original(name):
+    """A changed stem changes no parameter: the weights load strictly into timm's own network."""
+    ours = model.create_model(name, 10)
+    original = timm.create_model(name, num_classes=10)
+    assert ours.stem_note
+    assert shapes(ours) == shapes(original)
+    original.load_state_dict(ours.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnetblur50", "torchvision/shufflenet_v2_x1_0"])
+@pytest.mark.parametrize(("side", "cut"), [(32, 4), (48, 2), (72, 1)])
+def test_stem_by_size(name, side, cut):
+    """Of the 32-fold reduction a factor 4 goes up to 40 px, 2 up to 64 px, and none above."""
+    network = model.create_model(name, 10, size=(side, side)).eval()
+    sides = []
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(lambda _, __, maps: sides.append(maps.shape[-1]))
+    network(torch.rand(1, 3, side, side))
+    assert sides[-1] == math.ceil(side * cut / 32)
+    assert bool(network.stem_note) == (cut > 1)
+
+
+def test_resnet18_small():
+    """At 32 px ResNet-18 ends in 4×4 maps, both entrance layers are changed, and it says so."""
+    network = model.create_model("resnet18", 10).eval()
+    assert network.forward_features(torch.rand(1, 3, 32, 32)).shape == (1, 512, 4, 4)
+    assert network.stem_note == (
+        "Strides changed for pictures of 32×32: conv1 2 to 1, maxpool 2 to 1."
+    )
+
+
+def test_resnet18_native():
+    """At 224 px ResNet-18 is timm's own: the same outputs from the same weights."""
+    ours = model.create_model("resnet18", 10, size=(224, 224)).eval()
+    original = timm.create_model("resnet18", num_classes=10).eval()
+    original.load_state_dict(ours.state_dict())
+    images = torch.rand(1, 3, 224, 224)
+    assert (ours.input_size, ours.stem_note) == ((224, 224), "")
+    assert torch.equal(ours(images), original(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "fed"),
+    [
+        ("convnext_atto", (8, 8), (16, 16)),
+        ("convnext_atto", (28, 28), (28, 28)),
+        ("convnext_atto", (8, 40), (16, 40)),
+        ("resnet18", (20, 60), (20, 60)),
+        ("vit_tiny_patch16_224", (32, 32), (224, 224)),
+        ("vit_tiny_patch16_224", (100, 300), (224, 224)),
+        ("test_vit3", (32, 32), (160, 160)),
+        ("tresnet_m", (32, 32), (224, 224)),
+    ],
+)
+def test_input_size(name, size, fed):
+    """A picture is fed as it is, or enlarged to the smallest size that keeps the network whole."""
+    network = model.create_model(name, 10, size=size).eval()
+    assert network.input_size == fed
+    with torch.no_grad():
+        assert network(torch.rand(1, 3, *fed)).shape == (1, 10)
+
+
+def test_same_arguments_same_structure():
+    """What a weights file relies on: made twice, a network is the same; and it is untouched."""
+    first, second = (model.create_model("legacy_xception", 10, channels=1) for _ in range(2))
+    assert str(first) == str(second)
+    assert first.stem_note == second.stem_note
+    assert all(t.device.type == "cpu" for t in first.state_dict().values())
+    assert first.bn1.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("lennet", "lenet"),
+        ("resnet-18", "resnet18"),
+        ("resnet18.no_such_weights", "resnet18"),
+        ("googlenet", "torchvision/googlenet"),
+        ("shufflenet_v2_x1_0", "torchvision/shufflenet_v2_x1_0"),
+        ("torchvision/shuflenet_v2_x1_0", "torchvision/shufflenet_v2_x1_0"),
+    ],
+)
+def test_unknown_name(wrong, right):
+    """A misspelt name is answered with the nearest known one and where to find the others."""
+    for call in (lambda: model.create_model(wrong, 10), lambda: model.network_defaults(wrong)):
+        with pytest.raises(UserError, match=r"python model\.py") as caught:
+            call()
+        assert f"(did you mean {right}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:timm/resnet18", "hf_hub:timm/resnet18", "local-dir:/tmp"])
+def test_hub_names_are_refused(name):
+    """No name makes timm fetch a network, nor read one from a folder."""
+    with pytest.raises(UserError, match="hub"):
+        model.create_model(name, 10)
+
+
+def test_torchvision_makes_no_noise(recwarn):
+    """GoogLeNet and Inception come without auxiliary outputs and without warnings."""
+    for name in ("torchvision/googlenet", "torchvision/inception_v3"):
+        assert model.create_model(name, 10, channels=1).stem_note
+    assert not recwarn.list
+
+
+def test_network_defaults():
+    """Photographs are prepared as the network's own configuration says."""
+    imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop": 0.875}
+    common = {**imagenet, "interpolation": "bilinear"}
+    assert model.network_defaults("lenet") == {**common, "image_size": 32}
+    assert model.network_defaults("torchvision/resnet18") == {**common, "image_size": 224}
+    assert model.network_defaults("tf_efficientnet_b2")["image_size"] == 260
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3, "crop": 0.9, "interpolation": "bicubic"}
+    assert model.network_defaults("vit_tiny_patch16_224") == {**half, "image_size": 224}
+
+
+def test_own_networks_import_neither_timm_nor_torchvision():
+    """Our own networks are there within torch's own start-up time."""
+    program = (
+        "import sys, model\n"
+        "for name in model.NETWORKS: model.create_model(name, 10), model.network_defaults(name)\n"
+        "assert not {'timm', 'torchvision'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_command_prints_own_networks():
+    """`python model.py` shows each own network with its parameters and output shape."""
+    command = [sys.executable, ROOT / "model.py"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for name, parameters in (("tutorial_cnn", "145,578"), ("lenet", "62,006")):
+        line = next(line for line in shown.splitlines() if line.startswith(name))
+        assert parameters in line
+        assert "[1, 10]" in line
