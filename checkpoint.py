@@ -1,7 +1,7 @@
 """model.safetensors: the weights and, in its header, all that is needed to use them.
 
-`save()` and `load_model()` are the only way in and out.  Nothing is executed on loading, and no other
-file is needed.  `atomic_write()` is how every file of a run reaches its final name.
+`save()` and `load_model()` are the only way in and out.  Nothing is executed on loading, and no
+other file is needed.  `atomic_write()` is how every file of a run reaches its final name.
 """
 
 import hashlib

@@ -194,7 +194,7 @@ def find_folder(name: str) -> Path:
 
 
 def is_set(name: str) -> bool:
-    """Whether --data names a known set; else it is a folder.  Errors: UserError if it is neither."""
+    """Whether --data names a known set; if not, a folder.  Errors: UserError if neither."""
     if name in sources.SETS:
         return True
     if "/" not in name and os.sep not in name and not Path(name).is_dir():
@@ -258,7 +258,7 @@ def load(
     checked, broken = _inspect([file for part in rows.values() for file, _ in part], workers)
     if broken and not skip_broken:
         raise UserError(
-            f"--data {name}: {len(broken)} of {len(checked) + len(broken)} pictures cannot be read; "
+            f"--data {name}: {len(broken)} of {len(checked) + len(broken)} pictures are broken; "
             "mend or remove them, or leave them out with --skip-broken:\n" + "\n".join(broken)
         )
     if broken:

@@ -100,36 +100,35 @@ def create_model(
 
 
 def network_defaults(name: str) -> dict:
-    """How a network's photographs are prepared, where neither the data nor the weights say it.
+    """How photographs are prepared for a network, where neither data nor weights say it.
 
-    image_size   side in pixels; for our own networks the 32 that they are made for
-    mean, std    three floats each, 0..1 scale
-    crop         the share of the resized picture's side that the centre crop keeps
-    interpolation   'bilinear' or 'bicubic'
+    image_size     side in pixels; 32 for our own networks, which take nothing else
+    mean, std      three floats each, 0..1 scale
+    crop           the share of the resized picture's side that the centre crop keeps
+    interpolation  'bilinear' or 'bicubic'
 
-    timm networks: the configuration of their pretrained weights; all others: ImageNet's statistics.
+    timm's networks have a configuration of their own; the others take what is usual on ImageNet.
     """
     library = _library(name)
-    if library == "timm":
-        import timm
-
-        config = timm.get_pretrained_cfg(name)
-        config = config.to_dict() if config else {"input_size": (3, 224, 224)}
-        config = timm.data.resolve_data_config(pretrained_cfg=config)
-        return {
-            "image_size": config["input_size"][-1],
-            "mean": list(config["mean"]),
-            "std": list(config["std"]),
-            "crop": config["crop_pct"],
-            "interpolation": config["interpolation"],
-        }
-    return {
+    defaults = {
         "image_size": 32 if library == "own" else 224,
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "crop": 0.875,
         "interpolation": "bilinear",
     }
+    if library == "timm":
+        import timm
+
+        if config := timm.get_pretrained_cfg(name):
+            defaults = {
+                "image_size": config.input_size[-1],
+                "mean": list(config.mean),
+                "std": list(config.std),
+                "crop": config.crop_pct,
+                "interpolation": config.interpolation,
+            }
+    return defaults
 
 
 def _library(name: str) -> str:
@@ -140,9 +139,7 @@ def _library(name: str) -> str:
         raise options.UserError(f"model {name}: give a plain timm name; no hub is looked up")
     import torchvision
 
-    others = [
-        f"torchvision/{known}" for known in torchvision.models.list_models(torchvision.models)
-    ]
+    others = ["torchvision/" + x for x in torchvision.models.list_models(torchvision.models)]
     if name in others:
         return "torchvision"
     import timm
@@ -186,16 +183,19 @@ def _fit(network: nn.Module, name: str, channels: int, size: tuple[int, int]) ->
     network cannot take the result, larger pictures are tried, up to its native size.
     """
     native = network_defaults(name)["image_size"]
-    # All trials run on copies without data: no arithmetic, no memory, and the original stays whole.
+    # Trials run on copies without data: no arithmetic, no memory, and the original stays whole.
     ghost = copy.deepcopy(network).eval().to("meta")
     layers = _strided(ghost, channels, native)
     # A single strided layer is the patch embedding of a ViT, Swin or Mixer; where none sees the
-    # whole picture, something else shrinks it first.  Both stay, and small pictures are enlarged.
+    # whole picture, something else shrinks it first.  Both stay, and small pictures go native.
     rigid = len(layers) < 2 or min(shrunk for shrunk, _ in layers.values()) > 1
-    for height, width in _sizes(size, native, rigid):
+    steps = [] if rigid else [*range(8, 65, 8), *range(96, native, 32)]
+    sizes = [(max(size[0], side), max(size[1], side)) for side in steps if side > min(size)]
+    if not rigid or min(size) > 64:
+        sizes.insert(0, size)
+    for height, width in [*sizes, (native, native)]:
         side = min(height, width)
         cut = 1 if rigid or side > 64 else 2 if side > 40 else 4
-        # What a layer has before it and its own stride may together not use up the cut.
         changes = {
             layer: (stride, max(1, stride * shrunk // cut))
             for layer, (shrunk, stride) in layers.items()
@@ -216,49 +216,43 @@ def _fit(network: nn.Module, name: str, channels: int, size: tuple[int, int]) ->
         network.stem_note = f"Strides changed for pictures of {height}×{width}: {strides}."
 
 
-def _sizes(size: tuple[int, int], native: int, rigid: bool):
-    """The (height, width) to try: the one asked for, ever larger ones, and the native one."""
-    if rigid:
-        return [size] * (min(size) > 64) + [(native, native)]
-    steps = [*range(8, 65, 8), *range(96, native, 32)]
-    larger = [(max(size[0], side), max(size[1], side)) for side in steps if side > min(size)]
-    return [size, *larger, (native, native)]
-
-
-def _refusal(network: nn.Module, channels: int, height: int, width: int) -> str:
-    """Why a network on the meta device cannot take such pictures, in one line; '' if it can."""
-    try:
-        network(torch.empty(1, channels, height, width, device="meta"))
-    except Exception as error:  # each network refuses in its own way: assertions, shapes, values
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return ""
-
-
-def _strided(network: nn.Module, channels: int, native: int) -> dict[str, tuple[int, int]]:
+def _strided(ghost: nn.Module, channels: int, native: int) -> dict[str, tuple[int, int]]:
     """The convolutions and pools with a stride: name -> (how far the picture had shrunk, stride).
 
     Found by running the network, so neither the order of registration nor the kind of block
     matters, and parallel branches, which take the picture at one size, are treated alike.
     """
     found = {}
+    network = copy.deepcopy(ghost)
+    names = {layer: name for name, layer in network.named_modules()}
 
-    def watch(name: str, stride: int):
-        def note(layer, inputs):
-            if inputs[0].dim() == 4:  # [N, C, H, W], not tokens
-                found.setdefault(name, (round(native / inputs[0].shape[-1]), stride))
+    def note(layer, inputs):
+        stride = max(layer.stride) if isinstance(layer.stride, tuple) else layer.stride
+        if stride > 1 and inputs[0].dim() == 4:  # [N, C, H, W]
+            found.setdefault(names[layer], (round(native / inputs[0].shape[-1]), stride))
 
-        return note
-
-    hooks = []
-    for name, layer in network.named_modules():
-        stride = getattr(layer, "stride", 1)
-        stride = max(stride) if isinstance(stride, tuple) else stride
-        if not list(layer.children()) and stride > 1:
-            hooks.append(layer.register_forward_pre_hook(watch(name, stride)))
+    for layer in names:
+        if hasattr(layer, "stride") and not list(layer.children()):
+            layer.register_forward_pre_hook(note)
     _refusal(network, channels, native, native)
-    for hook in hooks:
-        hook.remove()
     return found
+
+
+def _refusal(ghost: nn.Module, channels: int, height: int, width: int) -> str:
+    """Why a network on the meta device cannot take such pictures, in one line; '' if it can."""
+
+    def check(layer, inputs, output):
+        # torch 2.11 lets a convolution on the meta device return 0×8 where a real one fails.
+        if isinstance(output, Tensor) and output.numel() == 0:
+            raise ValueError("nothing is left of the picture")
+
+    for layer in ghost.modules():
+        layer.register_forward_hook(check)
+    try:
+        ghost(torch.empty(1, channels, height, width, device="meta"))
+    except Exception as error:  # each network refuses in its own way: assertions, shapes, values
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
 
 
 def _restride(network: nn.Module, changes: dict[str, tuple[int, int]]) -> None:

@@ -13,9 +13,9 @@ import json
 import sys
 from pathlib import Path
 
-import _root  # noqa: F401
 import torch
 
+import _root  # noqa: F401
 import checkpoint
 import images as pictures
 import options

@@ -13,17 +13,15 @@ import json
 import sys
 from pathlib import Path
 
-import _root  # noqa: F401
 import torch
 
+import _root  # noqa: F401
 import checkpoint
 import dataset
 import images as pictures
 import options
 from checkpoint import atomic_write
-from model import create_model
 from options import UserError, number
-from transforms import Prepare
 
 
 def build_parser() -> options.Parser:
@@ -106,14 +104,14 @@ def report(args, weights: Path, header: dict, data: dataset.Data, split: str, ro
 
     # Ten pictures in full size for predict.py to answer.
     chosen = torch.linspace(0, len(part) - 1, min(10, len(part))).round().long().tolist()
-    for number, i in enumerate(chosen):
+    for k, i in enumerate(chosen):
         if part.in_memory:
             image = part.images[i]
         else:
             pixels = pictures.read_image(part.images[i], data.channels)
             image = torch.from_numpy(pixels).permute(2, 0, 1)
         name = classes[part.labels[i]].replace("/", "-")
-        sample = output / "samples" / f"{number}-{name}.png"
+        sample = output / "samples" / f"{k}-{name}.png"
         atomic_write(sample, pictures.encode_png(image))
 
     print(table(result, classes))

@@ -1,10 +1,10 @@
 """Train an image classifier.
 
-    make train                                          CIFAR-10, and an evaluation afterwards
-    python scripts/train.py --data digits               bundled handwritten digits, seconds
-    python scripts/train.py --data path/to/pictures     a folder: train/<class>/*.jpg, or <class>/*.jpg
-    python scripts/train.py --data cifar10 --config tutorial
-    accelerate launch scripts/train.py                  the same on whatever accelerate is set up for
+    make train                                      CIFAR-10, and an evaluation afterwards
+    python scripts/train.py --data digits           bundled handwritten digits, in seconds
+    python scripts/train.py --data my/pictures      a folder: train/<class>/*.jpg, or <class>/*.jpg
+    python scripts/train.py --config tutorial       the settings of recipes/tutorial.yaml
+    accelerate launch scripts/train.py              the same on what Accelerate is configured for
 
 A data set's recipe (recipes/*.yaml) supplies the defaults; an option given replaces only itself;
 --model or --config drops the recipe.
@@ -18,11 +18,11 @@ import sys
 import time
 from pathlib import Path
 
-import _root  # noqa: F401
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import _root  # noqa: F401
 import checkpoint
 import dataset
 import options
@@ -46,8 +46,8 @@ def build_parser() -> options.Parser:
         type=number(float, 0, 0.9),
         default=0.1,
         metavar="SHARE",
-        help="of the training pictures, kept for validation where there is no val/ (default: 0.1);\n"
-        "0: train on all and keep the last weights",
+        help="of the training pictures, kept for validation where there is no val/\n"
+        "(default: 0.1); 0: train on all and keep the last weights",
     )
     group.add_argument(
         "--image-size",
@@ -67,8 +67,8 @@ def build_parser() -> options.Parser:
             f"--{name}",
             type=number(float, 0, 1, above=name == "std"),
             nargs="+",
-            help=f"{name} of each channel, 0..1 scale (default: the training pictures' own, or the\n"
-            "network's for photographs)",
+            help=f"{name} of each channel, 0..1 scale (default: the training pictures' own;\n"
+            "for photographs the network's)",
         )
 
     group = parser.add_argument_group("network and training")
@@ -143,7 +143,7 @@ def describe(record: dict, epochs: int, left: float) -> str:
 
 
 def choose_statistics(args, data, network) -> tuple[list[float], list[float]]:
-    """Mean and deviation per channel: the recipe's, else small pictures' own, else the network's."""
+    """Mean and deviation of each channel: as given, small pictures' own, or the network's."""
     chosen = []
     own = None
     train = data.splits["train"].images
