@@ -25,6 +25,7 @@ from safetensors import safe_open
 from sklearn.datasets import load_digits
 
 import checkpoint
+import fetch
 import options
 import sources
 from options import OutsideError, UserError
@@ -184,9 +185,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def patient(monkeypatch, tmp_path):
     """A data folder of one's own, and limits that fit tiny archives."""
     monkeypatch.setattr(sources, "DATA", tmp_path / "data")
-    monkeypatch.setattr(sources, "STALL", 0.4)
-    monkeypatch.setattr(sources, "WINDOW", 0.3)
-    monkeypatch.setattr(sources, "FLOOR", 1_000_000)
+    monkeypatch.setattr(fetch, "STALL", 0.4)
+    monkeypatch.setattr(fetch, "WINDOW", 0.3)
+    monkeypatch.setattr(fetch, "FLOOR", 1_000_000)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -247,7 +248,7 @@ def test_on_disk_needs_no_network(serve, monkeypatch):
     folder = sources.ensure("tiny")
     with monkeypatch.context() as offline:
         offline.setattr(socket, "socket", None)
-        offline.setattr(sources.OPENER, "open", None)
+        offline.setattr(fetch.OPENER, "open", None)
         assert sources.ensure("tiny") == folder
     (folder / "test.safetensors").unlink()
     check(sources.ensure("tiny"))
@@ -375,7 +376,7 @@ def test_a_mute_source_does_not_hold_up_the_others(serve):
 
 def test_no_downgrade_to_http():
     """A redirection from https to http is an answer like a refusal; the reverse is followed."""
-    handler = sources._NeverDowngrade()
+    handler = fetch._NeverDowngrade()
     secure = urllib.request.Request("https://a/x")
     with pytest.raises(urllib.error.URLError, match="unencrypted"):
         handler.redirect_request(secure, None, 302, "Found", {}, "http://a/x")
@@ -386,7 +387,7 @@ def test_no_downgrade_to_http():
 def test_source_on_disk(serve, tmp_path, monkeypatch):
     """--source takes an archive under any name, or the folder that holds it; no network."""
     (server,) = serve("well")
-    monkeypatch.setattr(sources.OPENER, "open", None)
+    monkeypatch.setattr(fetch.OPENER, "open", None)
     named, renamed = tmp_path / "tiny.tar.gz", tmp_path / "renamed"
     for path in (named, renamed):
         path.write_bytes(server.files["tiny.tar.gz"])
@@ -440,8 +441,8 @@ def test_mnist_parts_do_not_mix(monkeypatch):
 def test_gzip_bomb():
     """A small file that unpacks to far more than it should is refused, not unpacked."""
     spec = {"unpacked_size": 1000, "unpacked_sha256": "0" * 64}
-    with pytest.raises(sources.Mismatch, match="unpacked_size is 1001, expected 1000"):
-        sources._unwrap(gzip.compress(bytes(10_000_000)), spec)
+    with pytest.raises(fetch.Mismatch, match="unpacked_size is 1001, expected 1000"):
+        fetch.unwrap(gzip.compress(bytes(10_000_000)), spec)
 
 
 def test_malicious_pickle_is_refused(tmp_path, monkeypatch):
@@ -501,7 +502,7 @@ def test_disk_full(serve, monkeypatch, capfd, full):
     path = sources.DATA / "tiny" / f"{full}.safetensors"
     assert capfd.readouterr().err == f"error: {path}: No space left on device\n"
     assert not path.exists()
-    monkeypatch.setattr(sources.OPENER, "open", None)
+    monkeypatch.setattr(fetch.OPENER, "open", None)
     check(sources.ensure("tiny"))  # from the archive that was kept
 
 

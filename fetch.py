@@ -1,0 +1,302 @@
+"""Archives from several sources: resumed at any byte, checked, and never under their name before.
+
+`download()` and `read_local()` give the checked content of the archives that a set in sources.py
+names; the two are all that is used from outside.
+"""
+
+import gzip
+import hashlib
+import http.client
+import io
+import itertools
+import queue
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from options import OutsideError, UserError
+
+FLOOR = 200_000  # bytes/s: a source slower than this is left while another may be faster
+WINDOW = 10.0  # s over which that speed is measured
+STALL = 10.0  # s without a byte
+GRACE = 1.0  # s that the other sources have to answer once one has
+BAR = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}  # None: terminals only
+
+
+class Mismatch(Exception):
+    """Bytes that are not the ones expected; says what was found and what was expected."""
+
+
+class Left(Exception):
+    """Why a source does not serve, in a few words."""
+
+
+def read_local(spec: dict, source: Path) -> dict[str, bytes]:
+    """{archive: content} from a folder, or from the archive itself where the set has one only."""
+    alone = source.is_file() and len(spec["archives"]) == 1
+    folder = source.parent if source.is_file() else source
+    contents, missing = {}, []
+    for file, checks in spec["archives"].items():
+        names = [source] if alone else [folder / file, folder / file.removesuffix(".gz")]
+        path = next(filter(Path.is_file, names), None)
+        try:
+            if path:
+                contents[file] = unwrap(path.read_bytes(), checks)
+            else:
+                missing.append(file)
+        except Mismatch as error:
+            raise UserError(f"--source {path}: {error}") from None
+    if missing:
+        raise UserError(f"--source {source}: {', '.join(missing)} missing there")
+    return contents
+
+
+def unwrap(blob: bytes, checks: dict) -> bytes:
+    """An archive's checked content, without its gzip wrapping where that hides an idx file.
+
+    An idx file that is unwrapped already is as good.  Errors: Mismatch.
+    """
+    _compare(blob, checks, "")
+    if "unpacked_size" in checks and blob.startswith(b"\x1f\x8b"):
+        try:  # no more than one byte too many: a small file can unpack to any size
+            blob = gzip.GzipFile(fileobj=io.BytesIO(blob)).read(checks["unpacked_size"] + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise Mismatch(f"broken gzip file ({error})") from None
+    _compare(blob, checks, "unpacked_")
+    return blob
+
+
+def _compare(blob: bytes, checks: dict, prefix: str) -> None:
+    for key in ("size", "md5", "sha256"):
+        if expected := checks.get(prefix + key):
+            found = len(blob) if key == "size" else digest(key, blob)
+            if found != expected:
+                raise Mismatch(f"{prefix}{key} is {found}, expected {expected}")
+
+
+def digest(kind: str, blob: bytes) -> str:
+    return hashlib.new(kind, blob, usedforsecurity=False).hexdigest()
+
+
+def download(spec: dict, source: str | None, aside: Path, patience: float) -> dict[str, bytes]:
+    """{archive: content}; what arrives is kept in the folder aside, parts as *.part."""
+    sources = spec["sources"]
+    if source:
+        file = next((file for file in spec["archives"] if source.endswith("/" + file)), "")
+        sources = [source.removesuffix(file).rstrip("/") + "/"]
+    aside.mkdir(exist_ok=True)
+    contents, answers = {}, {}
+    for file, checks in spec["archives"].items():
+        try:
+            contents[file] = unwrap((aside / file).read_bytes(), checks)
+        except (FileNotFoundError, Mismatch):
+            answers = answers or _search(sources, file, checks, patience)
+            contents[file] = _fetch(file, checks, answers, aside)
+    return contents
+
+
+def _search(sources: list[str], file: str, checks: dict, patience: float) -> dict[str, str]:
+    """{source: '' or what is wrong with it}, those that answer first, after `patience` at most.
+
+    All are asked at once, each in a thread that is never waited for: even a look-up of a host's
+    name can hang.  Errors: OutsideError when none answers.
+    """
+    replies = queue.Queue()
+
+    def ask(source):
+        try:
+            _open(source + file, checks, 0, patience)[0].close()
+            replies.put((source, ""))
+        except Left as error:
+            replies.put((source, str(error)))
+
+    for source in sources:
+        threading.Thread(target=ask, args=[source], daemon=True).start()
+    deadline = time.monotonic() + patience
+    answers = dict.fromkeys(sources, "no answer")
+    for _ in sources:
+        try:
+            source, answer = replies.get(timeout=max(0, deadline - time.monotonic()))
+        except queue.Empty:
+            break
+        answers[source] = answer
+        if not answer:
+            deadline = min(deadline, time.monotonic() + GRACE)
+    if all(answers.values()):
+        raise _exhausted(file, answers)
+    for source, answer in answers.items():
+        if answer:
+            _tell(file, source, answer)
+    return dict(sorted(answers.items(), key=lambda item: bool(item[1])))
+
+
+def _fetch(file: str, checks: dict, answers: dict[str, str], aside: Path) -> bytes:
+    """The content of one archive, from the first source that sends it whole and right.
+
+    One that is slow, stalls or breaks off is left for the next, which goes on from there.  The
+    next rounds, two in all and more while they bring something new, begin with the source that
+    was fastest and leave none for being slow.  Errors: OutsideError when they bring nothing.
+    """
+    speeds = dict.fromkeys(answers, 0.0)  # bytes/s
+    furthest = 0
+    for turn in itertools.count():
+        before = furthest
+        sources = sorted(speeds, key=speeds.get, reverse=True)  # stable: first in their own order
+        while sources:
+            source = sources.pop(0)
+            part = aside / f"{file}.part"
+            if "unpacked_sha256" in checks:  # parts from different sources would not fit together
+                part = aside / f"{file}.{digest('sha256', source.encode())[:8]}.part"
+            have = _size(part)
+            if turn and speeds[source]:
+                minutes = (_limit(checks) - have) / speeds[source] / 60
+                _tell(file, source, f"about {minutes:.0f} min at {speeds[source] / 1e3:.0f} kB/s")
+            try:
+                speed, answer = _transfer(source + file, part, checks, 0 if turn else FLOOR)
+                if not answer:
+                    content = unwrap(part.read_bytes(), checks)
+                    part.replace(aside / file)
+                    return content
+                speeds[source] = speed
+            except Mismatch as error:
+                answer = f"wrong bytes: {error}"
+                part.unlink()
+                if have:  # the wrong bytes may be another's: once more, from the first byte on
+                    sources.insert(0, source)
+                else:
+                    del speeds[source]
+            answers[source] = answer
+            _tell(file, source, answer)
+            furthest = max(furthest, _size(part))
+        if not speeds or (turn and furthest <= before):
+            raise _exhausted(file, answers)
+
+
+def _transfer(url: str, part: Path, checks: dict, floor: float) -> tuple[float, str]:
+    """Append to part what it lacks; bytes/s, and why the source was left ('': part is whole).
+
+    Errors: Mismatch when more comes than the archive can have; OSError naming part.
+    """
+    have, got, why = _size(part), 0, ""
+    if have == checks.get("size"):
+        return 0.0, ""
+    started = time.monotonic()
+    try:
+        response, have, size = _open(url, checks, have, STALL)
+        with (
+            response,
+            tqdm(initial=have, total=size, desc=url.rpartition("/")[2], **BAR) as bar,
+            open(part, "ab" if have else "wb") as out,
+        ):
+            for chunk in _receive(response, floor):
+                out.write(chunk)
+                bar.update(len(chunk))
+                have += len(chunk)
+                got += len(chunk)
+                if have > _limit(checks):
+                    raise Mismatch(f"more than {_limit(checks)} bytes")
+                if have == size:
+                    break
+        if size and have < size:
+            why = f"cut off at {have} of {size} bytes"
+    except Left as error:
+        why = str(error)
+    except OSError as error:  # only the disk's: the network's have become Left
+        error.filename = error.filename or str(part)
+        raise
+    return got / (time.monotonic() - started), why
+
+
+def _receive(response, floor: float):
+    """The body in pieces.  Errors: Left when it stalls, or a WINDOW is slower than floor."""
+    since, recent = time.monotonic(), 0
+    while True:
+        try:
+            chunk = response.read1(1 << 16)  # what has arrived: read() would wait for all of it
+        except (OSError, http.client.HTTPException) as error:
+            raise Left(_reason(error)) from None
+        if not chunk:
+            return
+        yield chunk
+        recent += len(chunk)
+        elapsed = time.monotonic() - since
+        if elapsed >= WINDOW:
+            if recent < floor * elapsed:
+                raise Left(f"slower than {floor / 1e3:g} kB/s")
+            since, recent = time.monotonic(), 0
+
+
+class _NeverDowngrade(urllib.request.HTTPRedirectHandler):
+    """Follows a redirection, but not from https to http."""
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        if request.type == "https" and urlsplit(url).scheme != "https":
+            raise urllib.error.URLError("redirects to an unencrypted address")
+        return super().redirect_request(request, response, code, message, headers, url)
+
+
+OPENER = urllib.request.build_opener(_NeverDowngrade)
+
+
+def _open(url: str, checks: dict, have: int, timeout: float):
+    """A response, the byte of the file that its body begins with (have or 0), the file's size.
+
+    The size is None where the server does not say.  Errors: Left.
+    """
+    headers = {"User-Agent": "lenslet"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = OPENER.open(urllib.request.Request(url, headers=headers), timeout=timeout)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if have and error.code == 416:  # the part is no beginning of this file
+            return _open(url, checks, 0, timeout)
+        raise Left(f"answers {error.code} {error.reason}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise Left(_reason(error)) from None
+    if response.status == 206:
+        first, _, size = response.headers.get("Content-Range", "").rpartition("/")
+        if have and not first.startswith(f"bytes {have}-"):
+            response.close()
+            return _open(url, checks, 0, timeout)
+    else:  # the whole file, whatever was asked for
+        have, size = 0, response.headers.get("Content-Length", "")
+    size = int(size) if size.isdigit() else checks.get("size")
+    if size != checks.get("size", size):
+        response.close()
+        raise Left(f"has {size} bytes instead of {checks['size']}")
+    return response, have, size
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "reason", error)  # urllib wraps what the socket said
+    if isinstance(reason, TimeoutError):
+        return "no byte in time"
+    return getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+
+
+def _exhausted(file: str, answers: dict[str, str]) -> OutsideError:
+    said = "; ".join(f"{urlsplit(source).netloc}: {why}" for source, why in answers.items())
+    return OutsideError(
+        f"no source serves {file} ({said}); give one: "
+        "python scripts/download.py NAME --source URL-or-file-or-folder"
+    )
+
+
+def _tell(file: str, source: str, text: str) -> None:
+    print(f"{file}: {urlsplit(source).netloc}: {text}", file=sys.stderr, flush=True)
+
+
+def _limit(checks: dict) -> int:
+    """Bytes that an archive can have at most; gzip adds far less than a megabyte."""
+    return checks.get("size") or checks["unpacked_size"] + 1_000_000
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
