@@ -183,12 +183,14 @@ def _fit(network: nn.Module, name: str, channels: int, size: tuple[int, int]) ->
     network cannot take the result, larger pictures are tried, up to its native size.
     """
     native = network_defaults(name)["image_size"]
-    # Trials run on copies without data: no arithmetic, no memory, and the original stays whole.
+    # Trials run on copies without data: they cost no arithmetic and leave the original whole.
     ghost = copy.deepcopy(network).eval().to("meta")
     layers = _strided(ghost, channels, native)
-    # A single strided layer is the patch embedding of a ViT, Swin or Mixer; where none sees the
-    # whole picture, something else shrinks it first.  Both stay, and small pictures go native.
-    rigid = len(layers) < 2 or min(shrunk for shrunk, _ in layers.values()) > 1
+    entrance = [stride for shrunk, stride in layers.values() if shrunk == 1]
+    # A stride above 4, or a single strided layer, is the patch embedding of a ViT, Swin or Mixer;
+    # with none at the entrance something unknown shrinks the picture.  Such stems stay, and small
+    # pictures are enlarged to the native size.
+    rigid = len(layers) < 2 or not entrance or max(entrance) > 4
     steps = [] if rigid else [*range(8, 65, 8), *range(96, native, 32)]
     sizes = [(max(size[0], side), max(size[1], side)) for side in steps if side > min(size)]
     if not rigid or min(size) > 64:
@@ -204,6 +206,8 @@ def _fit(network: nn.Module, name: str, channels: int, size: tuple[int, int]) ->
         trial = copy.deepcopy(ghost)
         _restride(trial, changes)
         refusal = _refusal(trial, channels, height, width)
+        if cut > 1:  # position embeddings of a fixed size may take 1×1 by broadcasting, not 2×2
+            refusal = refusal or _refusal(trial, channels, 2 * height, 2 * width)
         if not refusal:
             break
     else:

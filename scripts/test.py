@@ -94,7 +94,7 @@ def report(args, weights: Path, header: dict, data: dataset.Data, split: str, ro
     images, labels, _ = dataset.Pictures(part, data)[0, shown.tolist()]
     predicted = rows[shown, 2].long()
     names = zip(labels.tolist(), predicted.tolist(), strict=True)
-    captions = [f"{classes[true]}\n→ {classes[guess]}" for true, guess in names]
+    captions = [f"{classes[true]}\n-> {classes[guess]}" for true, guess in names]
     grid = pictures.draw_grid(images, captions, (labels != predicted).tolist())
     atomic_write(output / "report" / "predictions.png", pictures.encode_png(grid))
     with SummaryWriter(output) as writer:

@@ -519,7 +519,7 @@ def test_disk_full_while_downloading(serve, monkeypatch, capfd):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(
-        sources,
+        fetch,
         "open",
         lambda path, mode: Full() if "b" in mode else real_open(path, mode),
         raising=False,

@@ -1,0 +1,310 @@
+"""train.py, test.py and predict.py, called in this process on tiny data."""
+
+import csv
+import json
+import math
+
+import predict
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F
+
+import checkpoint
+import options
+import sources
+import train
+from images import read_image
+from options import OutsideError
+
+TINY = ["--model", "lenet", "--epochs", "2", "--workers", "0", "--precision", "no"]
+
+
+@pytest.fixture
+def pictures(make_folder, tmp_path):
+    """A folder of small pictures with all three splits; 26 to train on, so that batches are ragged."""
+    return make_folder(tmp_path / "pictures", {"train": 13, "val": 5, "test": 7}, size=(12, 12))
+
+
+def fit(data, run, *words):
+    """Train with the TINY options into a folder; its tensors, header and metrics."""
+    assert options.run(train.main, ["--data", data, "--output", run, *TINY, *words]) == 0
+    tensors, header = checkpoint.load(run / "model.safetensors")
+    return tensors, header, json.loads((run / "metrics.json").read_text())
+
+
+def measure(*words):
+    import test
+
+    return options.run(test.main, [str(word) for word in words])
+
+
+def difference(one, other):
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def test_same_options_same_bits(pictures, tmp_path):
+    """A run is repeated to the last bit, also from the options.yaml that it left behind."""
+    tensors, header, _ = fit(pictures, tmp_path / "a", "--augment", "standard")
+    again, other, _ = fit(pictures, tmp_path / "b", "--augment", "standard")
+    assert header["sha256"] == other["sha256"] == checkpoint.digest(again)
+    words = ["--config", tmp_path / "a" / "options.yaml", "--output", tmp_path / "c"]
+    assert options.run(train.main, words) == 0
+    assert checkpoint.load(tmp_path / "c" / "model.safetensors")[1]["sha256"] == header["sha256"]
+    seeded, _, _ = fit(pictures, tmp_path / "d", "--augment", "standard", "--seed", "1")
+    assert difference(tensors, seeded) > 1e-3
+
+
+def test_workers_do_not_matter(make_folder, tmp_path):
+    """Photographs decoded in the training process or by two others give the same bits."""
+    photos = make_folder(tmp_path / "photos", {"train": 6, "val": 2}, size=(90, 70), suffix=".jpg")
+    words = ["--augment", "standard", "--image-size", "32", "--epochs", "1"]
+    _, alone, _ = fit(photos, tmp_path / "a", *words)
+    _, helped, _ = fit(photos, tmp_path / "b", *words, "--workers", "2")
+    assert alone["sha256"] == helped["sha256"]
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_accumulation_is_the_whole_batch(pictures, tmp_path, parts):
+    """A batch computed in parts gives the step of the whole batch, a short last one too."""
+    sgd = ["--optimizer", "sgd", "--lr", "0.1", "--batch-size", "8", "--clip", "1"]
+    whole, _, one = fit(pictures, tmp_path / "a", *sgd)
+    cut, _, other = fit(pictures, tmp_path / "b", *sgd, "--accumulate", parts)
+    assert difference(whole, cut) < 1e-5
+    assert one["epochs"][1]["train_loss"] == pytest.approx(other["epochs"][1]["train_loss"], 1e-4)
+
+
+def test_one_step_by_hand(pictures, tmp_path):
+    """An SGD step with momentum and weight decay is the textbook's, on all pictures once."""
+    words = ["--optimizer", "sgd", "--lr", "0.05", "--weight-decay", "0.01", "--epochs", "1"]
+    words += ["--batch-size", "64", "--schedule", "constant", "--mean", "0.5", "--std", "0.25"]
+    tensors, header, metrics = fit(pictures, tmp_path / "run", *words)
+
+    torch.manual_seed(0)
+    network = checkpoint.create_model("lenet", **header["model_args"])
+    files = sorted((pictures / "train").rglob("*.png"))
+    labels = torch.tensor([header["classes"].index(f.parent.name) for f in files])
+    pixels = [torch.from_numpy(read_image(f, 3)).permute(2, 0, 1) for f in files]
+    images = (torch.stack(pixels) / 255 - 0.5) / 0.25
+    images = F.interpolate(images, (32, 32), mode="bilinear", antialias=True)
+    loss = F.cross_entropy(network(images), labels)
+    loss.backward()
+    assert metrics["epochs"][0]["train_loss"] == pytest.approx(loss.item(), 1e-5)
+    for name, p in network.named_parameters():
+        stepped = p - 0.05 * (p.grad + 0.01 * p)
+        torch.testing.assert_close(tensors[name], stepped.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_clipped(pictures, tmp_path):
+    """--clip bounds the length of a step: with plain SGD it is at most lr times the norm."""
+    torch.manual_seed(0)
+    start = checkpoint.create_model("lenet", 2, 3, (12, 12)).state_dict()
+    words = ["--optimizer", "sgd", "--momentum", "0", "--weight-decay", "0", "--lr", "1"]
+    words += ["--schedule", "constant", "--batch-size", "64", "--epochs", "1"]
+    for clip in (1e-3, 1e-2):
+        tensors, _, _ = fit(pictures, tmp_path / str(clip), *words, "--clip", clip)
+        squares = sum((tensors[name] - start[name]).square().sum() for name in start)
+        assert squares.sqrt().item() == pytest.approx(clip, 1e-2)
+
+
+def test_learning_rate_counts_optimizer_steps():
+    """Linear warm-up, then half a cosine to zero at the last step; constant stays."""
+    cosine = [train.lr_factor(step, 110, 10, "cosine") for step in range(110)]
+    assert cosine[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
+    assert cosine[10] == 1 and cosine[60] == pytest.approx(0.5) and 0 < cosine[-1] < 1e-3
+    assert all(b < a for a, b in zip(cosine[10:], cosine[11:], strict=False))
+    assert {train.lr_factor(step, 110, 0, "constant") for step in range(110)} == {1.0}
+
+
+def test_the_best_epoch_is_kept(pictures, tmp_path):
+    """model.safetensors is the epoch with the best validation accuracy; epochs/ has them all."""
+    # A learning rate that soon ruins the network makes the last epoch a bad one.
+    words = ["--epochs", "6", "--lr", "0.003", "--schedule", "constant", "--save-every-epoch"]
+    _, header, metrics = fit(pictures, tmp_path / "run", *words, "--batch-size", "4")
+    scores = [(r["val_accuracy"], -r["val_loss"]) for r in metrics["epochs"]]
+    best = max(range(6), key=lambda i: (scores[i], -i)) + 1
+    assert header["epoch"] == metrics["summary"]["best_epoch"] == best
+    kept = sorted((tmp_path / "run" / "epochs").iterdir())
+    assert [path.name for path in kept] == [f"epoch-{n:03d}.safetensors" for n in range(1, 7)]
+    digests = [checkpoint.load(path)[1]["sha256"] for path in kept]
+    assert len(set(digests)) == 6 and digests[best - 1] == header["sha256"]
+
+
+def test_without_validation_the_last_weights_are_kept(pictures, tmp_path):
+    """--val 0 trains to the end and keeps what the last epoch left."""
+    _, header, metrics = fit(pictures, tmp_path / "run", "--val", "0", "--epochs", "3")
+    assert header["epoch"] == 3 and "val_loss" not in metrics["epochs"][0]
+
+
+def test_a_finished_run_is_never_overwritten(pictures, tmp_path):
+    """The same command again makes run-2, then run-3, and runs/latest follows."""
+    for name in ("run", "run-2", "run-3"):
+        words = ["--data", pictures, "--output", tmp_path / "run", *TINY, "--epochs", "1"]
+        assert options.run(train.main, words) == 0
+        assert (options.RUNS / "latest").resolve() == tmp_path / name
+        assert checkpoint.latest_weights().resolve().parent == tmp_path / name
+
+
+def test_what_tensorboard_shows(pictures, tmp_path):
+    """Losses, accuracies, learning rate, speed, a grid of pictures and the options are logged."""
+    fit(pictures, tmp_path / "run", "--log-every", "2", "--batch-size", "5")
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    steps = [event.step for event in events.Scalars("train_loss")]
+    assert steps == [2, 4, 5, 6, 8, 10] or steps == [2, 4, 6, 8, 10, 12]
+    assert [e.step for e in events.Scalars("epoch/val_accuracy")] == [1, 2]
+    tags = set(events.Tags()["scalars"])
+    assert {"learning_rate", "epoch/train_loss", "epoch/images_per_second"} <= tags
+    assert events.Images("training_pictures")[0].width > 100
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_test_py_measures_every_picture(pictures, tmp_path, capsys):
+    """The report's figures follow from its own CSV, which has one row for every test picture."""
+    fit(pictures, tmp_path / "run")
+    assert measure("--weights", tmp_path / "run" / "model.safetensors", "--workers", "0") == 0
+    report = tmp_path / "run" / "report"
+    metrics = json.loads((report / "metrics.json").read_text())
+    rows = list(csv.DictReader((report / "predictions.csv").open()))
+    files = sorted(f"test/{p.parent.name}/{p.name}" for p in (pictures / "test").rglob("*.png"))
+    assert sorted(row["file"] for row in rows) == files
+    hits = [row["label"] == row["prediction"] for row in rows]
+    assert metrics["top1"] == sum(hits) / len(rows) and metrics["images"] == 14
+    assert all(row["file"].split("/")[1] == row["label"] for row in rows)
+    said = capsys.readouterr().out
+    assert f"test accuracy {metrics['top1']:.2%}" in said and "ants" in said
+    assert read_image(report / "predictions.png", 3).shape[2] == 3
+    assert len(list((tmp_path / "run" / "samples").iterdir())) == 10
+
+
+def test_predict_agrees_with_test(pictures, tmp_path, capsys):
+    """predict.py gives test.py's answer and probability for the same file."""
+    fit(pictures, tmp_path / "run")
+    weights = tmp_path / "run" / "model.safetensors"
+    assert measure("--weights", weights, "--precision", "no", "--workers", "0") == 0
+    capsys.readouterr()
+    words = [pictures / "test", "--format", "csv", "--weights", weights]
+    assert options.run(predict.main, words) == 0
+    answers = {row["file"]: row for row in csv.DictReader(capsys.readouterr().out.splitlines())}
+    rows = list(csv.DictReader((tmp_path / "run" / "report" / "predictions.csv").open()))
+    assert len(rows) == len(answers)
+    for row in rows:
+        answer = answers[str(pictures / row["file"])]
+        assert answer["class"] == row["prediction"]
+        assert math.isclose(
+            float(answer["probability"]), float(row["probability"]), abs_tol=2e-5
+        )
+
+
+def test_predict_formats(pictures, tmp_path, capsys):
+    """Text, CSV and JSON give the same ranking; K is cut to the number of classes."""
+    fit(pictures, tmp_path / "run")
+    files = [str(path) for path in sorted((pictures / "test" / "bees").iterdir())][:2]
+    outputs = {}
+    for form in ("text", "csv", "json"):
+        assert options.run(predict.main, [*files, "--top", "9", "--format", form]) == 0
+        outputs[form] = capsys.readouterr().out
+    table = list(csv.reader(outputs["csv"].splitlines()))
+    assert table[0] == ["file", "class", "probability", "class_2", "probability_2"]
+    answers = json.loads(outputs["json"])
+    for row, answer, line in zip(table[1:], answers, outputs["text"].splitlines(), strict=True):
+        ranked = answer["predictions"]
+        assert row[0] == answer["file"] and row[1::2] == [p["class"] for p in ranked]
+        assert sum(p["probability"] for p in ranked) == pytest.approx(1)
+        assert line == f"{row[0]}: " + ", ".join(
+            f"{p['class']} {p['probability']:.2%}" for p in ranked
+        )
+
+
+def test_predict_answers_what_it_can(pictures, tmp_path, capsys):
+    """An unreadable picture is named on standard error, the others are answered, status 1."""
+    fit(pictures, tmp_path / "run")
+    good = next((pictures / "test" / "ants").iterdir())
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(good.read_bytes()[:40])
+    capsys.readouterr()
+    words = [bad, good, tmp_path / "gone.png", "--format", "csv"]
+    assert options.run(predict.main, words) == 1
+    said = capsys.readouterr()
+    assert [line.split(",")[0] for line in said.out.splitlines()] == ["file", str(good)]
+    assert "bad.png" in said.err and "gone.png" in said.err and len(said.err.splitlines()) == 2
+
+
+def test_greyscale_weights_answer_colour_pictures(make_folder, tmp_path, capsys):
+    """Weights trained on one channel take a colour photograph of any size, and the reverse."""
+    grey = make_folder(tmp_path / "grey", {"train": 4, "val": 2}, size=(8, 8), mode="L")
+    colour = make_folder(tmp_path / "colour", {"train": 4}, size=(90, 40))
+    _, header, _ = fit(grey, tmp_path / "run")
+    assert header["channels"] == 1
+    assert options.run(predict.main, [colour, "--format", "csv"]) == 0
+    assert len(capsys.readouterr().out.splitlines()[-9:]) == 9
+
+
+def test_without_network_the_digits_are_used(tmp_path, monkeypatch, capsys):
+    """train.py without --data needs no network: it says so and takes the bundled digits."""
+    real = sources.ensure
+
+    def offline(name, *args, **settings):
+        if name == "cifar10":
+            assert settings["patience"] <= 15
+            raise OutsideError("no source serves it")
+        return real(name, *args, **settings)
+
+    monkeypatch.setattr(sources, "ensure", offline)
+    assert options.run(train.main, ["--epochs", "1", "--output", str(tmp_path / "run")]) == 0
+    assert "no source serves it" in capsys.readouterr().out
+    assert checkpoint.load(tmp_path / "run" / "model.safetensors")[1]["data"] == "digits"
+    assert options.run(train.main, ["--data", "cifar10"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--data", "cifar11"], "did you mean cifar10"),
+        (["--model", "resnet81"], "resnet"),
+        (["--model", "hf-hub:timm/resnet18"], "hub"),
+        (["--epoch", "3"], "did you mean --epochs"),
+        (["--lr", "fast"], "--lr"),
+        (["--epochs", "0"], "at least 1"),
+        (["--config", "tutorail"], "did you mean tutorial"),
+        (["--data", "no/such/folder"], "no such folder"),
+        (["--mean", "0.1", "0.2"], "one per channel"),
+        (["--precision", "fp16"], "--precision auto"),
+    ],
+)
+def test_mistakes_end_in_one_line(pictures, words, named, capsys):
+    """What the user did wrong: one line with the remedy, status 2, no traceback, no run folder."""
+    base = [] if "--data" in words else ["--data", str(pictures)]
+    base += [] if "--model" in words or "--config" in words else ["--model", "lenet"]
+    assert options.run(train.main, [*base, *words]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and len(said.err.splitlines()) == 1
+    assert named in said.err
+    assert not options.RUNS.exists() or not list(options.RUNS.iterdir())
+
+
+def test_a_network_named_by_no_recipe_must_be_named(pictures, tmp_path, capsys):
+    """A --config without a model is refused with the remedy."""
+    config = tmp_path / "mine.yaml"
+    config.write_text("epochs: 3\n")
+    assert options.run(train.main, ["--data", pictures, "--config", config]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_unwritable_output(pictures, tmp_path, capsys):
+    """An output that is a file, or lies below one, is refused with status 2."""
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        words = ["--data", str(pictures), *TINY, "--output", str(output)]
+        assert options.run(train.main, words) == 2
+        assert "--output" in capsys.readouterr().err
+
+
+def test_other_data_for_the_weights(make_folder, pictures, tmp_path, capsys):
+    """Data with a class that the weights never saw is refused; fewer classes keep their places."""
+    fit(pictures, tmp_path / "run")
+    strange = make_folder(tmp_path / "strange", {"train": 2, "test": 2}, classes=("ants", "wasps"))
+    assert measure("--data", strange, "--workers", "0") == 2
+    assert "wasps" in capsys.readouterr().err
+    assert measure("--data", "digits") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
