@@ -441,8 +441,10 @@ def _inspect(files: list[Path], workers: int) -> tuple[dict[Path, tuple], list[s
         f: (*known[s[0]][2:], None) for f, s in stamps.items() if known.get(s[0], [])[:2] == s[1:]
     }
     new = [file for file in files if file not in found]
+    # Small pictures are decoded faster than they can be handed from one process to another.
+    photos = len(new) > 256 and pictures.longer_side(new[0]) > SMALL
     loader = DataLoader(
-        _Inspection(new), 64, collate_fn=list, num_workers=workers if len(new) > 256 else 0
+        _Inspection(new), 64, collate_fn=list, num_workers=workers if photos else 0
     )
     broken = []
     with tqdm(total=len(new), desc="reading pictures", disable=None, leave=False) as progress:

@@ -128,16 +128,19 @@ def _choose_box(upright, size, crop, draws) -> tuple[float, float, float, float]
     """The part of a picture to keep: left, upper, right, lower, in its pixels."""
     width, height = upright
     if draws is None:
-        box_width = min(width, height * size[1] / size[0]) * crop
-        box_height = box_width * size[0] / size[1]
-        across = down = 0.5
+        # The whole pixels that torchvision's Resize and CenterCrop would cut, in one step instead.
+        fit = max(size[1] / width, size[0] / height) / crop
+        resized = int(width * fit + 1e-6), int(height * fit + 1e-6)
+        left = round((resized[0] - size[1]) / 2) * width / resized[0]
+        upper = round((resized[1] - size[0]) / 2) * height / resized[1]
+        box_width, box_height = size[1] * width / resized[0], size[0] * height / resized[1]
     else:
         area, shape, across, down = draws
         area = (0.25 + 0.75 * area) * width * height
         aspect = (4 / 3) ** (2 * shape - 1) * size[1] / size[0]
         box_width = min(width, math.sqrt(area * aspect))
         box_height = min(height, math.sqrt(area / aspect))
-    left, upper = across * (width - box_width), down * (height - box_height)
+        left, upper = across * (width - box_width), down * (height - box_height)
     return left, upper, left + box_width, upper + box_height
 
 
@@ -148,7 +151,8 @@ def _shrink_while_decoding(image, size, box) -> tuple[float, float, float, float
     if shrink >= 2:
         image.draft(None, tuple(math.ceil(side / shrink) for side in image.size))
     scale = max(image.size) / before
-    return tuple(side * scale for side in box)
+    limits = (*image.size, *image.size)  # rounding must not carry the box over the edge
+    return tuple(min(side * scale, limit) for side, limit in zip(box, limits, strict=True))
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:

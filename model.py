@@ -105,7 +105,6 @@ def network_defaults(name: str) -> dict:
     image_size     side in pixels; 32 for our own networks, which take nothing else
     mean, std      three floats each, 0..1 scale
     crop           the share of the resized picture's side that the centre crop keeps
-    interpolation  'bilinear' or 'bicubic'
 
     timm's networks have a configuration of their own; the others take what is usual on ImageNet.
     """
@@ -115,7 +114,6 @@ def network_defaults(name: str) -> dict:
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "crop": 0.875,
-        "interpolation": "bilinear",
     }
     if library == "timm":
         import timm
@@ -126,7 +124,6 @@ def network_defaults(name: str) -> dict:
                 "mean": list(config.mean),
                 "std": list(config.std),
                 "crop": config.crop_pct,
-                "interpolation": config.interpolation,
             }
     return defaults
 

@@ -1,0 +1,60 @@
+"""What the tests share: nothing of theirs outlives them, and folders of tiny pictures."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+
+import options
+import sources
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path, monkeypatch):
+    """Runs and data of its own for every test; process-wide state as it was before."""
+    monkeypatch.setattr(options, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(sources, "DATA", tmp_path / "data")
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def _make_folder(
+    root: Path,
+    splits: dict[str, int] | None = None,
+    classes: tuple[str, ...] = ("ants", "bees"),
+    size: tuple[int, int] = (12, 10),
+    mode: str = "RGB",
+    suffix: str = ".png",
+) -> Path:
+    """root/<split>/<class>/<number><suffix>: noisy pictures, each class of a colour of its own.
+
+    splits: pictures per class (default: 8 in train, 4 in test); {"": 8} makes a folder of classes
+    only.  size: height and width.
+    """
+    generator = np.random.default_rng(0)
+    for split, count in (splits or {"train": 8, "test": 4}).items():
+        for k, name in enumerate(classes):
+            folder = Path(root) / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            colour = np.roll([220, 120, 40], k) if mode == "RGB" else [40 + 160 * k // len(classes)]
+            for i in range(count):
+                noise = generator.integers(-30, 31, (*size, len(colour)))
+                pixels = (colour + noise).clip(0, 255).astype(np.uint8)
+                picture = Image.fromarray(pixels if mode == "RGB" else pixels[..., 0])
+                picture.convert(mode).save(folder / f"{i}{suffix}")
+    return Path(root)
+
+
+@pytest.fixture
+def make_folder():
+    """The function that makes a picture folder."""
+    return _make_folder

@@ -1,0 +1,346 @@
+"""Pictures of every kind come out with the right pixels, or are named as unreadable."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from torchvision.transforms import CenterCrop, Resize
+
+import images
+from images import UnreadableImage, draw_grid, encode_png, find_images, inspect_image, read_image
+from options import OutsideError
+
+GREY = np.array([[0, 51, 102], [153, 204, 255]], np.uint8)
+RGB = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+
+# What a camera that was turned stores of an upright picture, by its EXIF orientation.
+STORED = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: np.rot90(np.fliplr(a)),
+    6: np.rot90,
+    7: lambda a: np.rot90(np.flipud(a)),
+    8: lambda a: np.rot90(a, -1),
+}
+
+
+def smooth(height, width):
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin(x / 37) * np.cos(y / 53), np.cos(x / 71), np.sin((x + y) / 91)]
+    return (127 + 120 * np.stack(waves, -1)).astype(np.uint8)
+
+
+def save(path, pixels, **settings):
+    Image.fromarray(np.ascontiguousarray(pixels)).save(path, **settings)
+    return path
+
+
+def save_turned(path, upright, orientation, **settings):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return save(path, STORED[orientation](upright), exif=exif, **settings)
+
+
+def check_grey(path, expected):
+    """The picture is `expected`, uint8 [H, W], read as one channel and as three."""
+    for channels in (1, 3):
+        pixels = read_image(path, channels)
+        assert pixels.dtype == np.uint8
+        assert np.array_equal(pixels, np.repeat(expected[..., None], channels, 2))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".gif", ".pgm"])
+def test_grey(tmp_path, suffix):
+    """A grey picture keeps its values in one channel and in three."""
+    check_grey(save(tmp_path / f"a{suffix}", GREY), GREY)
+
+
+def test_one_bit(tmp_path):
+    """The two values of a 1-bit picture are black and white."""
+    bits = np.array([[True, False], [False, True], [True, True]])
+    check_grey(save(tmp_path / "a.png", bits), bits.astype(np.uint8) * 255)
+
+
+def test_colour_to_grey(tmp_path):
+    """Colours become grey by their luma (ITU-R 601), to within rounding."""
+    grey = read_image(save(tmp_path / "a.png", RGB), 1)
+    assert grey.shape == (4, 6, 1)
+    assert np.abs(grey[..., 0] - RGB @ [0.299, 0.587, 0.114]).max() <= 1
+
+
+def test_palette(tmp_path):
+    """A palette picture has the colours that its indices stand for."""
+    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "L").convert("P")
+    picture.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    picture.save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", 3).tolist() == [
+        [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
+    ]
+
+
+def test_palette_transparency(tmp_path):
+    """A palette's transparent index is white; the others keep their colours."""
+    picture = Image.fromarray(np.array([[0, 1]], np.uint8), "L").convert("P")
+    picture.putpalette([10, 20, 30, 40, 50, 60])
+    picture.save(tmp_path / "a.png", transparency=0)
+    assert read_image(tmp_path / "a.png", 3).tolist() == [[[255, 255, 255], [40, 50, 60]]]
+
+
+def test_transparent_colour(tmp_path):
+    """The one colour that an RGB file calls transparent is white."""
+    path = save(
+        tmp_path / "a.png", np.array([[[1, 2, 3], [9, 9, 9]]], np.uint8), transparency=(1, 2, 3)
+    )
+    assert read_image(path, 3).tolist() == [[[255, 255, 255], [9, 9, 9]]]
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("RGBA", ".png"), ("LA", ".png"), ("RGBA", ".webp")])
+def test_alpha_on_white(tmp_path, mode, suffix):
+    """Transparency is composited on white: a pixel of opacity a is a * value + (1 - a) * 255."""
+    colour = (60,) * (len(mode) - 1)
+    picture = Image.new(mode, (3, 1))
+    for x, alpha in enumerate((0, 128, 255)):
+        picture.putpixel((x, 0), (*colour, alpha))
+    picture.save(
+        tmp_path / f"a{suffix}", **({"lossless": True, "exact": True} if "webp" in suffix else {})
+    )
+    expected = np.array([255, 60 * 128 / 255 + 255 * 127 / 255, 60])
+    for channels in (1, 3):
+        pixels = read_image(tmp_path / f"a{suffix}", channels)
+        assert pixels.shape == (1, 3, channels)
+        assert np.abs(pixels[0] - expected[:, None]).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits(tmp_path, suffix):
+    """16-bit samples are scaled to 8 (by 257), not cut off."""
+    deep = np.array([[0, 257, 12850], [32896, 65278, 65535]], np.uint16)
+    path = save(tmp_path / f"a{suffix}", deep)
+    check_grey(path, np.array([[0, 1, 50], [128, 254, 255]], np.uint8))
+
+
+def test_wide_integers(tmp_path):
+    """A 32-bit TIFF is taken to hold 16-bit samples; what exceeds them is white or black."""
+    path = save(tmp_path / "a.tif", np.array([[-5, 0, 25700, 70000]], np.int32))
+    check_grey(path, np.array([[0, 0, 100, 255]], np.uint8))
+
+
+def test_floats(tmp_path):
+    """Float samples are rounded and cut to 0..255."""
+    path = save(tmp_path / "a.tif", np.array([[-1.0, 0.4, 99.6, 300.0]], np.float32))
+    check_grey(path, np.array([[0, 0, 100, 255]], np.uint8))
+
+
+def test_cmyk_jpeg(tmp_path):
+    """A CMYK JPEG has the colours that Pillow converts it to."""
+    Image.new("CMYK", (16, 16), (255, 0, 0, 0)).save(tmp_path / "a.jpg", quality=95)
+    pixels = read_image(tmp_path / "a.jpg", 3).astype(int)
+    assert np.abs(pixels - [0, 255, 255]).max() <= 3
+
+
+def test_webp(tmp_path):
+    """A lossless WebP keeps its pixels."""
+    path = save(tmp_path / "a.webp", RGB, lossless=True)
+    assert np.array_equal(read_image(path, 3), RGB)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", ".tif"])
+def test_first_frame(tmp_path, suffix):
+    """Of several frames the first is read."""
+    frames = [Image.new("RGB", (5, 4), colour) for colour in ("#ff0000", "#0000ff")]
+    settings = {"lossless": True} if suffix == ".webp" else {}
+    frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:], **settings)
+    assert (read_image(tmp_path / f"a{suffix}", 3) == [255, 0, 0]).all()
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif", ".jpg"])
+def test_orientations(tmp_path, suffix, orientation):
+    """All eight EXIF orientations give one upright picture, whole and cut to a box."""
+    upright = smooth(96, 160)
+    settings = {".webp": {"lossless": True}, ".jpg": {"quality": 98, "subsampling": 0}}
+    path = save_turned(tmp_path / f"a{suffix}", upright, orientation, **settings.get(suffix, {}))
+    plain = save(tmp_path / "plain.png", upright)
+    for size, crop in ((None, 1.0), ((20, 40), 0.875), ((40, 20), 1.0)):
+        pixels, expected = (read_image(p, 3, size, crop).astype(int) for p in (path, plain))
+        assert pixels.shape == expected.shape
+        assert np.abs(pixels - expected).mean() <= (2 if suffix == ".jpg" else 0)
+
+
+def test_unknown_orientation(tmp_path):
+    """An orientation that EXIF does not know turns nothing."""
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    path = save(tmp_path / "a.jpg", smooth(40, 80), exif=exif)
+    plain = save(tmp_path / "plain.jpg", smooth(40, 80))
+    assert np.array_equal(read_image(path, 3, (20, 40)), read_image(plain, 3, (20, 40)))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("shape", [(1200, 1600), (1200, 1601), (1601, 1201), (1600, 1599)])
+def test_shrunk_decoding(tmp_path, shape, orientation):
+    """A JPEG that its decoder shrinks looks like one decoded in full, odd sides included.
+
+    The decoder pads an odd side at its far end: turned round, that shifts it by half a pixel.
+    """
+    upright = smooth(*shape)
+    path = save_turned(tmp_path / "a.jpg", upright, orientation, quality=95)
+    whole = save(tmp_path / "whole.bmp", read_image(path, 3))
+    for size, crop in (((224, 224), 0.875), ((128, 160), 1.0)):
+        pixels, expected = (read_image(p, 3, size, crop).astype(int) for p in (path, whole))
+        assert np.abs(pixels - expected).mean() < (1 if orientation == 1 else 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "bound"),
+    [
+        ("china.jpg", (400, 600), 0.5),
+        ("china.jpg", (427, 427), 0.5),
+        ("flower.jpg", (427, 640), 4),  # torchvision rounds 383.7 pixels: half a pixel off
+        ("flower.jpg", (427, 300), 2),
+    ],
+)
+def test_centre_crop(tmp_path, name, shape, bound):
+    """size 224, crop 0.875 is torchvision's Resize(256), CenterCrop(224), to a mean of `bound`."""
+    picture = load_sample_image(name)[: shape[0], : shape[1]]
+    reference = CenterCrop(224)(Resize(256)(Image.fromarray(picture)))
+    pixels = read_image(save(tmp_path / "a.png", picture), 3, (224, 224), 0.875)
+    assert np.abs(pixels.astype(int) - np.asarray(reference)).mean() < bound
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
+def test_aspect_ratio(tmp_path, shape):
+    """A box has the shape asked for: squares of the picture stay square."""
+    picture = np.zeros(shape, np.uint8)
+    picture[shape[0] // 2 - 10 : shape[0] // 2 + 10, shape[1] // 2 - 10 : shape[1] // 2 + 10] = 255
+    pixels = read_image(save(tmp_path / "a.png", picture), 1, (30, 30))[..., 0] > 127
+    assert pixels.any(0).sum() == pixels.any(1).sum() == 10
+    assert np.array_equal(pixels, pixels[::-1, ::-1])
+
+
+@pytest.mark.parametrize("shape", [(30, 45), (1, 400), (400, 1), (1, 1), (600, 801)])
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_random_boxes(tmp_path, shape, suffix):
+    """Every draw gives a box inside the picture, whatever its shape, and the same box again."""
+    path = save(tmp_path / f"a{suffix}", smooth(*shape))
+    draws = [
+        [a, b, c, d] for a in (0, 0.9999999) for b in (0, 0.9999999) for c, d in ((0, 1), (1, 0))
+    ]
+    draws += np.random.default_rng(0).random((30, 4)).tolist()
+    for draw in draws:
+        pixels = read_image(path, 3, (16, 24), 1.0, draw)
+        assert pixels.shape == (16, 24, 3)
+        assert np.array_equal(pixels, read_image(path, 3, (16, 24), 1.0, draw))
+
+
+def test_random_boxes_differ(tmp_path):
+    """The draws say where and how large the box is: area 25 % at the upper left, or all of it."""
+    y, x = np.mgrid[0:100, 0:100]
+    path = save(tmp_path / "a.png", np.stack([x, y, x], -1).astype(np.uint8))
+    corner = read_image(path, 3, (50, 50), 1.0, [0, 0.5, 0, 0])
+    assert np.array_equal(corner[..., 0], np.mgrid[0:50, 0:50][1])
+    far = read_image(path, 3, (50, 50), 1.0, [0, 0.5, 1, 1])
+    assert np.array_equal(far[..., 1], 50 + np.mgrid[0:50, 0:50][0])
+    whole = read_image(path, 3, (100, 100), 1.0, [1, 0.5, 0.3, 0.3])
+    assert np.array_equal(whole[..., 0], x)
+
+
+def png_bytes():
+    buffer = io.BytesIO()
+    Image.fromarray(smooth(40, 40)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+BROKEN = {
+    "empty": b"",
+    "truncated": png_bytes()[:-200],
+    "only a head": png_bytes()[:40],
+    "text": b"a table of contents\n" * 9,
+    "PostScript": EPS,
+}
+
+
+@pytest.mark.parametrize("read", [lambda p: read_image(p, 3), lambda p: inspect_image(p, 64)])
+@pytest.mark.parametrize("kind", [*BROKEN, "missing", "a folder"])
+def test_unreadable(tmp_path, kind, read):
+    """What is no whole picture is named in one line, and PostScript never reaches a reader."""
+    path = tmp_path / "a.png"
+    if kind == "a folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes(BROKEN[kind])
+    with pytest.raises(UnreadableImage) as caught:
+        read(path)
+    assert isinstance(caught.value, OutsideError)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert ("empty" in str(caught.value)) == (kind == "empty")
+
+
+def test_truncated_photograph(tmp_path):
+    """The quick look at a large JPEG meets every byte of it: a cut one is found out."""
+    path = save(tmp_path / "a.jpg", smooth(800, 900), quality=95)
+    assert inspect_image(path, 64)[0] == 900
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(UnreadableImage, match=r"a\.jpg"):
+        inspect_image(path, 64)
+
+
+def test_inspect(tmp_path):
+    """The longer side, whether all is grey (in files of colour too), and pixels if small."""
+    side, grey, pixels = inspect_image(save(tmp_path / "colour.png", RGB), 6)
+    assert (side, grey) == (6, False)
+    assert np.array_equal(pixels, RGB)
+    side, grey, pixels = inspect_image(save(tmp_path / "g.png", np.stack([GREY] * 3, -1)), 3)
+    assert (side, grey) == (3, True)
+    assert np.array_equal(pixels, GREY[..., None])
+    assert inspect_image(tmp_path / "colour.png", 5) == (6, False, None)
+
+
+def test_find_images(tmp_path):
+    """Pictures of all depths and spellings, sorted; other endings; hidden files in neither."""
+    for name in ("b.PNG", "a.jpeg", "sub/deep/c.tiff", ".hidden.png", "notes.txt", "README"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found, others = find_images(tmp_path)
+    assert [p.relative_to(tmp_path).as_posix() for p in found] == [
+        "a.jpeg",
+        "b.PNG",
+        "sub/deep/c.tiff",
+    ]
+    assert sorted(others) == [".txt", "README"]
+
+
+def test_longer_side(tmp_path):
+    """The head of a file tells the longer side; a broken one tells nothing."""
+    assert images.longer_side(save(tmp_path / "a.png", RGB)) == 6
+    assert images.longer_side(tmp_path / "missing.png") == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_draw_grid(channels):
+    """A grid is eight tiles across, and only the captions of wrong answers are red."""
+    batch = torch.full((9, channels, 8, 8), 128, dtype=torch.uint8)
+    right = draw_grid(batch, ["cat"] * 9, [False] * 9)
+    wrong = draw_grid(batch, ["cat"] * 9, [False] * 8 + [True])
+    assert right.dtype == torch.uint8
+    assert right.shape == wrong.shape == (3, 2 * 142 + 8, 8 * 120 + 8)
+    red = (wrong[0].int() - wrong[1].int() > 60).nonzero()
+    assert len(red) > 10
+    assert (red[:, 0] > 8 + 142 + 112 - 1).all()
+    assert (red[:, 1] < 120).all()
+    assert not (right[0].int() - right[1].int() > 60).any()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_encode_png(channels):
+    """A picture written as PNG is read back the same."""
+    image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
+    decoded = np.asarray(Image.open(io.BytesIO(encode_png(image)))).reshape(5, 7, channels)
+    assert np.array_equal(decoded, image.permute(1, 2, 0))

@@ -1,0 +1,104 @@
+"""The figures agree with scikit-learn, and an evaluation counts every picture once."""
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional as F
+
+from dataset import Data, Split
+from metrics import evaluate, figures
+from transforms import Prepare
+
+
+def rows_of(logits, labels):
+    """What evaluate() promises for these logits [N, C] and labels [N]."""
+    probability, predicted = logits.softmax(1).max(1)
+    better = (logits > logits.gather(1, labels[:, None])).sum(1)
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    index = torch.arange(len(labels))
+    return torch.stack([index, labels, predicted, better < 5, probability, loss], 1).double()
+
+
+@pytest.mark.parametrize(
+    ("classes", "met", "claimed"),
+    [(10, 10, 10), (3, 3, 3), (2, 2, 2), (7, 4, 7), (7, 7, 4), (12, 5, 3), (6, 1, 1)],
+)
+def test_figures(classes, met, claimed):
+    """All figures are scikit-learn's, with classes never met or never predicted counting 0."""
+    generator = torch.Generator().manual_seed(classes * met)
+    labels = torch.randint(0, met, (200,), generator=generator)
+    logits = torch.randn(200, classes, generator=generator)
+    logits[:, :claimed] += 8
+    logits[range(200), labels] += 1
+    result = figures(rows_of(logits, labels), classes)
+
+    names = list(range(classes))
+    predicted = logits.argmax(1)
+    each = sklearn.metrics.precision_recall_fscore_support(
+        labels, predicted, labels=names, zero_division=0
+    )
+    for key, expected in zip(("precision", "recall", "f1", "images"), each, strict=True):
+        found = [row[key] for row in result["per_class"]]
+        assert found == pytest.approx(expected.tolist(), abs=1e-6)
+    for key, expected in zip(("precision", "recall", "f1"), each, strict=False):
+        assert result[f"macro_{key}"] == pytest.approx(expected.mean(), abs=1e-6)
+    assert [row["accuracy"] for row in result["per_class"]] == pytest.approx(each[1], abs=1e-6)
+    confusion = sklearn.metrics.confusion_matrix(labels, predicted, labels=names)
+    assert result["confusion"] == confusion.tolist()
+    assert result["images"] == 200
+    assert result["top1"] == sklearn.metrics.accuracy_score(labels, predicted)
+    scores = logits.double().softmax(1).numpy()
+    loss = sklearn.metrics.log_loss(labels, scores, labels=names)
+    assert result["loss"] == pytest.approx(loss, abs=1e-5)
+    top5 = 1.0
+    if classes > 5:
+        top5 = sklearn.metrics.top_k_accuracy_score(labels, scores, k=5, labels=names)
+    assert result["top5"] == pytest.approx(top5)
+
+
+class Stub(nn.Module):
+    """Logits [N, classes] that are a fixed function of the picture's first pixels."""
+
+    def __init__(self, classes):
+        super().__init__()
+        weight = torch.randn(12, classes, generator=torch.Generator().manual_seed(1))
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, images):
+        assert not self.training
+        return images.flatten(1) @ self.weight
+
+
+@pytest.mark.parametrize("classes", [3, 8])
+@pytest.mark.parametrize("batch_size", [1, 5, 23, 64])
+def test_evaluate(batch_size, classes):
+    """A row per picture, in order, whatever the batches; the loss is the cross-entropy."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (23, 3, 2, 2), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, classes, (23,), generator=generator)
+    part = Split(images, labels, [str(i) for i in range(23)])
+    names = [str(i) for i in range(classes)]
+    data = Data("pictures", names, 3, (2, 2), 1.0, {"test": part}, "")
+    prepare, model = Prepare([0.5] * 3, [0.25] * 3, (2, 2)), Stub(classes)
+    rows = evaluate(model, data.loader("test", batch_size), prepare, Accelerator(cpu=True))
+
+    expected = rows_of(model(prepare(images)).detach(), labels)
+    assert rows.dtype == torch.float64
+    assert torch.equal(rows[:, :4], expected[:, :4])
+    assert np.allclose(rows, expected, atol=1e-5)
+
+
+def test_evaluate_leaves_no_gradients():
+    """Measuring a network records nothing for a backward pass."""
+    images = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
+    part = Split(images, torch.tensor([0, 1]), ["0", "1"])
+    data = Data("pictures", ["a", "b"], 3, (2, 2), 1.0, {"test": part}, "")
+    model = Stub(2).train()
+    prepare = Prepare([0.5] * 3, [0.25] * 3, (2, 2))
+    rows = evaluate(model, data.loader("test", 2), prepare, Accelerator(cpu=True))
+    assert not rows.requires_grad
+    assert model.weight.grad is None
+    assert not model.training

@@ -1,0 +1,165 @@
+"""Augmentation draws depend on nothing but their key, and preparation is plain arithmetic."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from transforms import Prepare, augment, channel_statistics, uniform
+
+
+def pictures(count, channels=3, height=28, width=28):
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, channels, height, width)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def correlation(a, b):
+    return np.corrcoef(a.flatten(), b.flatten())[0, 1].item()
+
+
+def test_uniform():
+    """Draws fill [0, 1) evenly, and neighbours of any kind have nothing to do with each other."""
+    index = torch.arange(20_000)
+    draws = uniform(0, 0, index, 3)
+    assert draws.dtype == torch.float32
+    assert draws.shape == (20_000, 3)
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    counts = torch.histc(draws, 20, 0, 1)  # 3000 expected in each, with a deviation of 53
+    assert (counts - 3000).abs().max() < 5 * 53
+    # Chance alone gives a correlation of 20,000 pairs a deviation of 0.007.
+    assert abs(correlation(draws[1:, 0], draws[:-1, 0])) < 0.035
+    assert abs(correlation(draws[:, 0], draws[:, 1])) < 0.035
+    for other in (uniform(0, 1, index, 3), uniform(1, 0, index, 3)):
+        assert abs(correlation(draws, other)) < 0.02
+
+
+def test_uniform_is_keyed():
+    """A picture's draws depend on seed, epoch and its index, and on no batch or global seed."""
+    torch.manual_seed(1)
+    together = uniform(3, 7, torch.tensor([5, 900, 2]), 4)
+    torch.manual_seed(2)
+    for row, index in enumerate([5, 900, 2]):
+        assert torch.equal(uniform(3, 7, torch.tensor([index]), 4)[0], together[row])
+    for seed, epoch in ((4, 7), (3, 8)):
+        assert not torch.equal(uniform(seed, epoch, torch.tensor([5, 900, 2]), 4), together)
+
+
+@pytest.mark.parametrize("seed", [0, 2**32, 20_251_231_235_959, 2**63 - 1])
+def test_uniform_takes_any_seed(seed):
+    """A seed may be as large as torch's own, a date and time for example."""
+    draws = uniform(seed, 0, torch.arange(1000), 2)
+    assert 0.45 < draws.mean() < 0.55
+
+
+def test_augment_none():
+    """Without augmentation the pictures are as they were."""
+    images = pictures(4)
+    assert torch.equal(augment(images, "none", False, 0, 0, torch.arange(4)), images)
+
+
+def find_shift(image, original, reach):
+    """(down, across, mirrored) of the window of the reflected picture that `image` is."""
+    padded = np.pad(original, [(0, 0), (reach, reach), (reach, reach)], mode="reflect")
+    height, width = image.shape[1:]
+    for down in range(2 * reach + 1):
+        for across in range(2 * reach + 1):
+            window = padded[:, down : down + height, across : across + width]
+            for mirrored in (False, True):
+                if np.array_equal(image, window[..., ::-1] if mirrored else window):
+                    return down, across, mirrored
+    return None
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("height", "width", "reach"), [(28, 28, 2), (32, 36, 2), (8, 8, 1)])
+def test_shifts_and_flips(channels, height, width, reach):
+    """Every augmented picture is a window of its reflected original, mirrored or not."""
+    images, index = pictures(200, channels, height, width), torch.arange(200)
+    for kind, flips in (("light", {False}), ("standard", {False, True})):
+        changed = augment(images, kind, False, 0, 0, index)
+        assert changed.dtype == torch.uint8
+        assert changed.shape == images.shape
+        pairs = zip(changed.numpy(), images.numpy(), strict=True)
+        found = [find_shift(image, original, reach) for image, original in pairs]
+        assert None not in found
+        every = set(range(2 * reach + 1))
+        assert {f[0] for f in found} == {f[1] for f in found} == every
+        assert {f[2] for f in found} == flips
+        if len(flips) == 2:
+            assert 60 < sum(f[2] for f in found) < 140
+
+
+def test_decoded_photographs_are_only_flipped():
+    """A photograph, cropped at random by its decoder, is mirrored or left as it is."""
+    images = pictures(40)
+    changed = augment(images, "standard", True, 0, 0, torch.arange(40))
+    mirrored = (changed == images.flip(3)).flatten(1).all(1)
+    assert (mirrored | (changed == images).flatten(1).all(1)).all()
+    assert 5 < mirrored.sum() < 35
+    assert torch.equal(augment(images, "light", True, 0, 0, torch.arange(40)), images)
+
+
+def test_augment_is_keyed():
+    """A picture is changed alike in any batch, and otherwise in the next epoch."""
+    images, index = pictures(16), torch.arange(100, 116)
+    whole = augment(images, "standard", False, 5, 2, index)
+    some = torch.tensor([11, 3, 7])
+    assert torch.equal(augment(images[some], "standard", False, 5, 2, index[some]), whole[some])
+    assert not torch.equal(augment(images, "standard", False, 5, 3, index), whole)
+    assert not torch.equal(augment(images, "standard", False, 6, 2, index), whole)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20), (2, 2)])
+def test_augment_takes_tiny_pictures(size):
+    """A picture of one pixel or one line is augmented too."""
+    images = pictures(8, 1, *size)
+    assert augment(images, "standard", False, 0, 0, torch.arange(8)).shape == images.shape
+
+
+def test_prepare():
+    """Prepared pixels are (x / 255 - mean) / std of each channel, float32, channels last."""
+    images, mean, std = pictures(5), [0.1, 0.5, 0.9], [0.2, 0.3, 0.4]
+    prepared = Prepare(mean, std, (28, 28))(images)
+    shape = (1, 3, 1, 1)
+    expected = (images.numpy() / 255 - np.reshape(mean, shape)) / np.reshape(std, shape)
+    assert prepared.dtype == torch.float32
+    assert prepared.is_contiguous(memory_format=torch.channels_last)
+    assert np.allclose(prepared, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (14, 20)])
+def test_prepare_resizes(size):
+    """Pictures of another size are resized with anti-aliasing, and only those."""
+    images = pictures(2)
+    prepared = Prepare([0.5] * 3, [0.5] * 3, size)(images)
+    expected = F.interpolate(images.double() / 127.5 - 1, size, mode="bilinear", antialias=True)
+    assert prepared.shape == (2, 3, *size)
+    assert torch.allclose(prepared.double(), expected, atol=1e-5)
+
+
+def test_undo():
+    """What was prepared can be looked at again: undo gives the same pixels."""
+    images = pictures(5)
+    prepare = Prepare([0.49, 0.48, 0.45], [0.2, 0.21, 0.22], (28, 28))
+    assert torch.equal(prepare.undo(prepare(images)), images)
+
+
+@pytest.mark.parametrize("count", [3, 4100])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channel_statistics(count, channels):
+    """Mean and deviation are those of all pixels in double precision."""
+    images = pictures(count, channels, 6, 7)
+    images[:, 0] //= 3
+    mean, std = channel_statistics(images)
+    pixels = images.numpy().astype(np.float64) / 255
+    assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), rel=1e-9)
+    assert std == pytest.approx(pixels.std((0, 2, 3)).tolist(), rel=1e-9)
+
+
+def test_channel_without_contrast():
+    """A channel of one value has a deviation of one grey level: nothing is divided by zero."""
+    mean, std = channel_statistics(torch.full((3, 1, 4, 4), 51, dtype=torch.uint8))
+    assert mean == pytest.approx([0.2])
+    assert std == pytest.approx([1 / 255])
