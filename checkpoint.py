@@ -66,7 +66,10 @@ def digest(tensors: dict[str, Tensor]) -> str:
 def save(path: Path, state: dict[str, Tensor], header: dict) -> None:
     """Write a model's state_dict and its header; see load() for the header's keys."""
     # safetensors refuses channels_last and shared memory.
-    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    tensors = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in state.items()
+    }
     header = {"format": FORMAT, "version": VERSION, **header, "sha256": digest(tensors)}
     metadata = {k: v if k in TEXT else json.dumps(v, ensure_ascii=False) for k, v in header.items()}
     atomic_write(path, to_bytes(tensors, metadata))
@@ -98,7 +101,10 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(
             f"{path}: format version {header.get('version')}, this code reads version {VERSION}"
         )
-    header = {k: v if k in TEXT else json.loads(v) for k, v in header.items()}
+    try:
+        header = {k: v if k in TEXT else json.loads(v) for k, v in header.items()}
+    except ValueError as error:
+        raise UserError(f"{path}: its header is damaged ({error})") from error
     if digest(tensors) != header.get("sha256"):
         raise UserError(f"{path}: the weights are not those that were saved (damaged or altered)")
     return tensors, header
@@ -110,13 +116,13 @@ def load_model(path: str | Path) -> tuple[nn.Module, Prepare, dict]:
     Errors: UserError, see load().
     """
     tensors, header = load(path)
-    model = create_model(header["model"], **header["model_args"])
     try:
+        model = create_model(header["model"], **header["model_args"])
         model.load_state_dict(tensors)
-    except RuntimeError as error:
+        prepare = Prepare(header["mean"], header["std"], model.input_size)
+    except (RuntimeError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: does not fit {header['model']} ({reason})") from error
-    prepare = Prepare(header["mean"], header["std"], model.input_size)
+        raise UserError(f"{path}: does not fit its header ({reason})") from error
     return model.eval().to(memory_format=torch.channels_last), prepare, header
 
 

@@ -123,10 +123,11 @@ class Batches(Sampler):
     """
 
     def __init__(self, count, batch_size, seed=None, rank=0, world=1):
-        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.total = self.count = count
+        self.batch_size, self.seed = batch_size, seed
         self.rank, self.world, self.epoch = rank, world, 0
         tail = count % batch_size
-        if seed is not None and tail // world < 2 <= batch_size // world and count > batch_size:
+        if seed is not None and tail // world < min(2, batch_size // world) and count > batch_size:
             self.count -= tail
 
     def __len__(self) -> int:
@@ -139,7 +140,8 @@ class Batches(Sampler):
     def __iter__(self):
         order = torch.arange(self.count)
         if self.seed is not None:
-            order = torch.randperm(self.count, generator=generator_for(self.seed, self.epoch))
+            generator = generator_for(self.seed, self.epoch)
+            order = torch.randperm(self.total, generator=generator)[: self.count]
         for batch in order.split(self.batch_size):
             mine = batch[self.rank :: self.world].tolist()
             if mine:
@@ -155,7 +157,7 @@ def on_device(loader: DataLoader, device: torch.device):
 
 
 def generator_for(seed: int, epoch: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
 
 
 # The recipe that supplies the defaults for a data set; a folder's follows from its pictures.
@@ -243,8 +245,7 @@ def load(
     }
     if val == 0:
         if not (root / "train").is_dir():
-            rows["train"] += rows["val"]
-        rows.pop("val", None)
+            rows["train"] += rows.pop("val")
     elif not rows.get("val"):
         away = stratified(torch.tensor([label for _, label in rows["train"]]), val).tolist()
         rows["val"] = [row for row, is_away in zip(rows["train"], away, strict=True) if is_away]
@@ -432,7 +433,10 @@ def _inspect(files: list[Path], workers: int) -> tuple[dict[Path, tuple], list[s
     they have changed.
     """
     store = sources.DATA / "inspected.json"
-    known = json.loads(store.read_text()) if store.is_file() else {}
+    try:
+        known = json.loads(store.read_text())
+    except (FileNotFoundError, ValueError):  # it only saves time
+        known = {}
     stamps = {}
     for file in files:
         state = file.stat()
@@ -444,7 +448,11 @@ def _inspect(files: list[Path], workers: int) -> tuple[dict[Path, tuple], list[s
     # Small pictures are decoded faster than they can be handed from one process to another.
     photos = len(new) > 256 and pictures.longer_side(new[0]) > SMALL
     loader = DataLoader(
-        _Inspection(new), 64, collate_fn=list, num_workers=workers if photos else 0
+        _Inspection(new),
+        64,
+        collate_fn=list,
+        num_workers=workers if photos else 0,
+        generator=torch.Generator(),
     )
     broken = []
     with tqdm(total=len(new), desc="reading pictures", disable=None, leave=False) as progress:

@@ -120,7 +120,7 @@ def _unreadable(path: str | Path, error: Exception) -> UnreadableImage:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height after the EXIF rotation, without decoding the picture."""
-    turned = image.format in ("JPEG", "MPO") and image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+    turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
     return image.size[::-1] if turned else image.size
 
 
@@ -150,9 +150,9 @@ def _shrink_while_decoding(image, size, box) -> tuple[float, float, float, float
     shrink = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0])
     if shrink >= 2:
         image.draft(None, tuple(math.ceil(side / shrink) for side in image.size))
-    scale = max(image.size) / before
-    limits = (*image.size, *image.size)  # rounding must not carry the box over the edge
-    return tuple(min(side * scale, limit) for side, limit in zip(box, limits, strict=True))
+    factor = 2 ** math.ceil(math.log2(before / max(image.size)))
+    limits = _upright_size(image) * 2  # rounding must not carry the box over the edge
+    return tuple(min(side / factor, limit) for side, limit in zip(box, limits, strict=True))
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:

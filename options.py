@@ -141,9 +141,11 @@ def config_words(parser: Parser, path: Path) -> list[str]:
         raise UserError(f"{path}: expected `option: value` lines")
     words = []
     for key, value in entries.items():
+        if key == "config":
+            raise UserError(f"{path}: config: a file cannot name another one")
         action = parser._option_string_actions.get(f"--{key}")
-        if isinstance(action, argparse.BooleanOptionalAction) and value in BOOLEANS:
-            words.append(f"--{key}" if BOOLEANS[value] else f"--no-{key}")
+        if isinstance(action, argparse.BooleanOptionalAction) and str(value).lower() in BOOLEANS:
+            words.append(f"--{key}" if BOOLEANS[value.lower()] else f"--no-{key}")
         elif isinstance(value, list) and all(isinstance(word, str) for word in value):
             words += [f"--{key}", *value]
         elif isinstance(value, dict | list):
@@ -173,7 +175,8 @@ def number(kind, least, most=float("inf"), above=False):
         except ValueError:
             name = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {name}") from None
-        if not (least < value if above else least <= value) or not value <= most:
+        in_bounds = (least < value if above else least <= value) and value <= most
+        if not in_bounds or value == float("inf"):
             bounds = f"{'above' if above else 'at least'} {least}"
             bounds += f" and at most {most}" if most != float("inf") else ""
             raise argparse.ArgumentTypeError(f"{text} must be {bounds}")

@@ -64,7 +64,10 @@ def accelerator(precision: str) -> Accelerator:
 
     Errors: UserError where the device cannot compute in that precision.
     """
-    precision = choose_precision(precision, PartialState().device.type)
+    device = PartialState().device.type
+    precision = choose_precision(precision, device)
+    if (precision, device) == ("fp16", "cpu"):  # Accelerate would silently compute in float32
+        raise UserError("--precision fp16: not on a CPU; try --precision auto")
     try:
         # Buffers are averaged once an epoch (see sync_buffers), not sent at every step.
         plain = DistributedDataParallelKwargs(broadcast_buffers=False)

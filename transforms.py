@@ -18,9 +18,9 @@ def uniform(seed: int, epoch: int, index: Tensor, draws: int) -> Tensor:
     index int64 [B].  A counter-based generator on Wellons' 32-bit hash ("lowbias32").
     """
     mask = 0xFFFFFFFF
-    x = index[:, None] * draws + torch.arange(draws, device=index.device)
+    x = (index[:, None] * draws + torch.arange(draws, device=index.device)) & mask
     for key in (0, epoch + 1, seed + 1):
-        x = (x ^ (key * 0x9E3779B9)) & mask
+        x = x ^ (key * 0x9E3779B9 & mask)
         x = ((x ^ (x >> 16)) * 0x21F0AAAD) & mask
         x = ((x ^ (x >> 15)) * 0xD35A2D97) & mask
         x = x ^ (x >> 15)
@@ -37,7 +37,7 @@ def augment(images: Tensor, kind: str, decoded: bool, seed: int, epoch: int, ind
     draws = uniform(seed, epoch, index, 3)
     if move and not decoded:
         height, width = images.shape[2:]
-        reach = max(1, round(min(height, width) / 14))
+        reach = min(max(1, round(min(height, width) / 14)), min(height, width) - 1)
         padded = F.pad(images.float(), [reach] * 4, mode="reflect").to(torch.uint8)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, shifts, shifts, H, W]
         down, across = (draws[:, :2] * (2 * reach + 1)).long().unbind(1)

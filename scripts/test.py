@@ -154,8 +154,8 @@ def main(argv=None):
         say(note)
     if split == "val":
         say(
-            f"{data.name} has no test pictures: these are the validation pictures, by which the "
-            "weights were chosen"
+            f"{data.name} has no test pictures: these are the validation pictures"
+            + (", by which the weights were chosen" if header["options"]["val"] else "")
         )
 
     # Evaluate.

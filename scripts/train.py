@@ -186,10 +186,9 @@ def main(argv=None):
             f"{near} and {near + world} can"
         )
 
-    # Accelerator and seed.
+    # Accelerator.
     accelerator = runtime.accelerator(args.precision)
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
-    torch.manual_seed(args.seed)
 
     # Data.  The first process inspects the files of a folder; the others read what it found.
     network = network_defaults(args.model)
@@ -197,7 +196,7 @@ def main(argv=None):
     with state.main_process_first():
         data = dataset.load(
             args.data,
-            ["train", "val"],
+            ["train", "val"] if args.val else ["train"],
             val=args.val,
             photo_size=args.image_size or network["image_size"],
             crop=network["crop"],
@@ -215,6 +214,7 @@ def main(argv=None):
 
     # Model and optimizer.
     size = (args.image_size,) * 2 if args.image_size else data.image_size
+    torch.manual_seed(args.seed)
     model_args = {"classes": len(data.classes), "channels": data.channels, "size": size}
     model = create_model(args.model, **model_args)
     mean, std = choose_statistics(args, data, network)
@@ -356,6 +356,7 @@ def main(argv=None):
             if args.save_every_epoch:
                 keep.append(run / "epochs" / f"epoch-{epoch + 1:03d}.safetensors")
             for path in keep:
+                path.parent.mkdir(exist_ok=True)
                 checkpoint.save(path, plain.state_dict(), header)
             if epoch == 0:
                 checkpoint.point_latest(run)

@@ -1,12 +1,12 @@
 """The commands as users type them, in a copy of the repository: make, launchers, the README."""
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -63,17 +63,116 @@ def shell(command, cwd, status=0, **extra):
 
 
 def readme_commands():
-    """Every line of the README's shell blocks."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    lines = "".join(blocks).splitlines()
-    return [line.split("  #")[0].strip() for line in lines if line and not line.startswith("#")]
+    """The lines of the README's shell blocks, without their comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line]
 
 
-# What the README's commands need besides the repository, and how long each server may run.
-SERVERS = {"make tensorboard": 8}  # seconds
-NOT_HERE = {
-    "git clone",  # the address of a network
-    "make check",  # would run this test inside itself
-}
-'''
-'''
+def test_the_readme_runs(clone, make_folder):
+    """Every command of the README works when pasted, in the README's order, without a network."""
+    make_folder(clone / "my" / "pictures", {"train": 6, "test": 3}, size=(32, 32))
+    # Whatever would take long is cut to an epoch of its own recipe.
+    for recipe in ("cifar10", "mnist", "tutorial"):
+        path = clone / "recipes" / f"{recipe}.yaml"
+        path.write_text(re.sub("epochs: .*", "epochs: 1", path.read_text()))
+    commands = readme_commands()
+    assert len(commands) > 12
+    for command in commands:
+        if command == "make check":  # this very test is part of it: only its parts are looked up
+            assert "pytest" in shell("make --dry-run check", clone)
+        elif command == "make tensorboard":
+            serve(command, clone)
+        else:
+            shell(command, clone)
+    assert (clone / "exported" / "mnist" / "test" / "7").is_dir()
+
+
+def serve(command, cwd):
+    """Start a server, wait until it says where it serves, and stop it."""
+    process = subprocess.Popen(
+        f"exec {command} ARGS='--port 0'",
+        shell=True,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "http://" in line:
+                return
+        raise AssertionError("".join(said))
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+def test_two_processes_count_and_train_like_one(clone, make_folder):
+    """Two CPU processes validate and test every picture once and take the same steps as one.
+
+    37 pictures to train on, 9 to validate and 11 to test: nothing divides evenly.
+    """
+    folder = make_folder(clone / "odd", {"train": 1}, classes=("a", "b"), size=(16, 16))
+    for split, count in (("train", 37), ("val", 9), ("test", 11)):
+        make_folder(folder, {split: count // 2}, classes=("a",), size=(16, 16))
+        make_folder(folder, {split: count - count // 2}, classes=("b",), size=(16, 16))
+    options_ = "--data odd --model lenet --epochs 2 --batch-size 8 --precision no --accumulate 2"
+    options_ += " --optimizer sgd --lr 0.05"
+    launch = {
+        "one": ".venv/bin/python",
+        "two": ".venv/bin/torchrun --nproc-per-node 2",
+        "launched": ".venv/bin/accelerate launch --num_processes 1 --cpu",
+    }
+    tensors, metrics = {}, {}
+    for name, launcher in launch.items():
+        said = shell(f"{launcher} scripts/train.py {options_} --output runs/{name}", clone)
+        assert "37 pictures to train on, 9 to validate" in said
+        weights = f"runs/{name}/model.safetensors"
+        said = shell(f"{launcher} scripts/test.py --weights {weights}", clone)
+        assert "11 pictures" in said
+        tensors[name] = checkpoint.load(clone / weights)[0]
+        metrics[name] = json.loads((clone / "runs" / name / "report/metrics.json").read_text())
+    assert metrics["one"]["confusion"] == metrics["two"]["confusion"]
+    for name, tensor in tensors["one"].items():
+        torch.testing.assert_close(tensor, tensors["two"][name], rtol=0, atol=1e-5)
+        assert torch.equal(tensor, tensors["launched"][name])  # and on all cores: same bits
+
+
+def test_from_any_folder(clone, tmp_path):
+    """The scripts find the repository's runs and data wherever they are called from."""
+    python = clone / ".venv" / "bin" / "python"
+    said = shell(f"{python} {clone}/scripts/train.py --data digits --epochs 1", tmp_path)
+    command = said.splitlines()[-1].removeprefix("next: ")
+    command = shell(command, tmp_path).splitlines()[-1].removeprefix("next: ")
+    assert re.search(r"\d-\d.png: \d [\d.]+%", shell(command, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_predict_imports_little(clone, tmp_path):
+    """The built-in networks are used without the libraries that take seconds to import."""
+    code = (
+        "import sys; sys.argv[1:] = ['--help']; sys.path.insert(0, 'scripts')\n"
+        "try: import predict\n"
+        "finally: print(sorted({m.split('.')[0] for m in sys.modules} & {'torchvision', 'timm', "
+        "'accelerate', 'sklearn', 'tensorboard', 'yaml', 'tqdm'}))"
+    )
+    assert shell(f'{sys.executable} -c "{code}"', clone).strip() == "[]"
+
+
+def test_mistakes_reach_the_shell(clone):
+    """Exit status 2 for a mistake, from a process of one's own and through make."""
+    shell(".venv/bin/python scripts/train.py --data cifar11", clone, status=2)
+    shell(
+        ".venv/bin/python scripts/predict.py gone.png --weights gone.safetensors", clone, status=2
+    )
+    shell("make predict", clone, status=2)
+
+
+@pytest.mark.slow
+def test_two_processes_end_well_ten_times(clone):
+    """Exit status 0 ten times in ten on two processes, from start-up to shut-down."""
+    for i in range(10):
+        shell(f"make train DATA=digits PROCESSES=2 ARGS='--epochs 1 --seed {i}'", clone)

@@ -13,7 +13,7 @@ import dataset
 import images as pictures
 from dataset import Batches, Data, Split, list_folder, load, natural, on_device, stratified
 from images import UnreadableImage
-from options import OutsideError, UserError
+from options import UserError
 
 CPU = torch.device("cpu")
 SPLITS = ["train", "val", "test"]
@@ -94,9 +94,9 @@ def test_no_validation(tmp_path, make_folder):
     make_folder(tmp_path / "train only", {"train": 5})
     make_folder(tmp_path / "own", {"train": 5, "val": 2})
     make_folder(tmp_path / "classes", {"": 60})
-    for name, count in (("train only", 10), ("own", 10)):
+    for name, counts in (("train only", {"train": 10}), ("own", {"train": 10, "val": 4})):
         data = load(str(tmp_path / name), SPLITS, val=0)
-        assert {split: len(part) for split, part in data.splits.items()} == {"train": count}
+        assert {split: len(part) for split, part in data.splits.items()} == counts
     kept, none = (names(load(str(tmp_path / "classes"), SPLITS, val=v)) for v in (0.1, 0))
     assert none == {"train": kept["train"] | kept["val"], "test": kept["test"]}
 
@@ -308,11 +308,14 @@ def test_file_gone(tmp_path, make_folder, workers):
     data = load(str(root), ["train"], val=0)
     gone = root / "train" / "bees" / "2.png"
     gone.unlink()
-    with pytest.raises(UnreadableImage) as caught:
+    message = ""
+    try:
         batches(data.loader("train", 2, workers=workers))
-    assert isinstance(caught.value, OutsideError)
-    assert str(gone) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    except UnreadableImage as error:
+        error.__traceback__ = None  # it holds the workers, whom the collector waits 5 s each for
+        message = str(error)
+    assert str(gone) in message
+    assert "\n" not in message
 
 
 def test_digest_of_a_folder(tmp_path, make_folder):

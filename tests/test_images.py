@@ -196,24 +196,17 @@ def test_shrunk_decoding(tmp_path, shape, orientation):
         assert np.abs(pixels - expected).mean() < (1 if orientation == 1 else 8)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "bound"),
-    [
-        ("china.jpg", (400, 600), 0.5),
-        ("china.jpg", (427, 427), 0.5),
-        ("flower.jpg", (427, 640), 4),  # torchvision rounds 383.7 pixels: half a pixel off
-        ("flower.jpg", (427, 300), 2),
-    ],
-)
-def test_centre_crop(tmp_path, name, shape, bound):
-    """size 224, crop 0.875 is torchvision's Resize(256), CenterCrop(224), to a mean of `bound`."""
+@pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
+@pytest.mark.parametrize("shape", [(400, 600), (427, 640), (427, 300), (427, 427)])
+def test_centre_crop(tmp_path, name, shape):
+    """size 224, crop 0.875 is torchvision's Resize(256), CenterCrop(224), to half a grey level."""
     picture = load_sample_image(name)[: shape[0], : shape[1]]
     reference = CenterCrop(224)(Resize(256)(Image.fromarray(picture)))
     pixels = read_image(save(tmp_path / "a.png", picture), 3, (224, 224), 0.875)
-    assert np.abs(pixels.astype(int) - np.asarray(reference)).mean() < bound
+    assert np.abs(pixels.astype(int) - np.asarray(reference)).mean() < 0.5
 
 
-@pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
+@pytest.mark.parametrize("shape", [(60, 92), (92, 60)])
 def test_aspect_ratio(tmp_path, shape):
     """A box has the shape asked for: squares of the picture stay square."""
     picture = np.zeros(shape, np.uint8)

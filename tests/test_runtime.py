@@ -1,0 +1,158 @@
+"""Processes, threads and precision are what was asked for, or what the machine does best."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import PartialState
+
+import runtime
+from options import UserError
+
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "OMP_NUM_THREADS")
+
+
+@pytest.fixture(autouse=True)
+def unlaunched(monkeypatch):
+    """No launcher, no thread count; Accelerate on the CPU."""
+    for key in LAUNCHED:
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(runtime, "cpu_count", lambda: 12)
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "device", "native", "chosen"),
+    [
+        ("auto", None, "cpu", True, "bf16"),
+        ("auto", None, "cpu", False, "no"),
+        ("auto", None, "cuda", True, "bf16"),
+        ("auto", None, "cuda", False, "fp16"),
+        ("auto", None, "mps", True, "no"),
+        ("auto", "no", "cpu", True, "bf16"),  # what launchers say who were not asked
+        ("auto", "fp16", "cpu", True, "fp16"),
+        ("auto", "bf16", "cpu", False, "bf16"),
+        ("auto", "fp8", "cuda", True, "fp8"),
+        ("bf16", "fp16", "cuda", True, "fp16"),
+        ("bf16", None, "cpu", False, "bf16"),
+        ("fp16", "no", "cuda", True, "fp16"),
+        ("no", None, "cpu", True, "no"),
+        ("no", "bf16", "cuda", True, "no"),
+    ],
+)
+def test_choose_precision(monkeypatch, asked, given, device, native, chosen):
+    """Given to the launcher > asked here > what the device has natively; `no` forces float32."""
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: native)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    if given:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", given)
+    assert runtime.choose_precision(asked, device) == chosen
+
+
+@pytest.mark.parametrize(
+    ("flags", "native"),
+    [
+        ("flags : fpu avx512f avx512_bf16", True),
+        ("flags : fpu amx_bf16", True),
+        ("Features : fp asimd bf16", True),
+        ("flags : fpu avx2 avx512f", False),
+        ("model name : bf16-like", False),
+    ],
+)
+def test_cpu_has_bf16(monkeypatch, tmp_path, flags, native):
+    """The processor's own flags say whether it multiplies bfloat16; no such file says no."""
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\n\n{flags}\n")
+    monkeypatch.setattr(runtime, "open", lambda _: (tmp_path / "cpuinfo").open(), raising=False)
+    assert runtime.cpu_has_bf16() is native
+    (tmp_path / "cpuinfo").unlink()
+    assert runtime.cpu_has_bf16() is False
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerator(monkeypatch, precision):
+    """The Accelerator computes in the precision asked for."""
+    runtime.launch()
+    assert runtime.accelerator(precision).mixed_precision == precision
+
+
+def test_impossible_precision():
+    """fp16 on a CPU, where Accelerate would silently ignore it, is refused with a remedy."""
+    runtime.launch()
+    with pytest.raises(UserError, match=r"--precision fp16.*auto") as caught:
+        runtime.accelerator("fp16")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({}, 12),
+        ({"LOCAL_WORLD_SIZE": "4"}, 3),
+        ({"LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}, 12),
+        ({"LOCAL_WORLD_SIZE": "100"}, 1),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}, 12),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "2"}, 5),  # the user's own
+        ({"OMP_NUM_THREADS": "1"}, 5),
+        ({"OMP_NUM_THREADS": "2"}, 5),
+    ],
+)
+def test_threads(monkeypatch, environment, threads):
+    """A launcher's OMP_NUM_THREADS=1 gives way to all cores; the user's own count stands."""
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    torch.set_num_threads(5)
+    runtime.launch()
+    assert torch.get_num_threads() == threads
+
+
+def test_processes_apart(monkeypatch):
+    """Processes that do not find each other stop instead of each training alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(runtime, "PartialState", lambda: SimpleNamespace(num_processes=1))
+    with pytest.raises(UserError, match="2 processes were launched, but this one sees 1"):
+        runtime.launch()
+
+
+def test_launched_on_a_cpu(monkeypatch):
+    """Several processes without a GPU are told to Accelerate, unless the user has a say."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(runtime, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    runtime.launch()
+    assert os.environ["ACCELERATE_USE_CPU"] == "true"
+
+
+def test_workers(monkeypatch):
+    """Decoding takes the cores of this process, at most eight, at least one."""
+    for processes, workers in (("1", 8), ("3", 4), ("12", 1), ("40", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert runtime.default_workers() == workers
+
+
+def test_from_main():
+    """What the first process chooses is what everyone gets."""
+    assert runtime.from_main(PartialState(), lambda: {"a": 1}) == {"a": 1}
+
+
+def test_versions():
+    """Stored versions are those that are running."""
+    assert torch.__version__.startswith(runtime.versions()["torch"])
+
+
+def test_sync_buffers():
+    """Batch-norm statistics are averaged over the processes; counters are not."""
+    norm = torch.nn.BatchNorm1d(2)
+    norm.running_mean.fill_(3.0)
+    calls = []
+
+    def reduce(tensor, how):
+        calls.append(how)
+        return tensor / 2
+
+    runtime.sync_buffers(norm, SimpleNamespace(num_processes=1, reduce=reduce))
+    assert norm.running_mean.tolist() == [3, 3]
+    runtime.sync_buffers(norm, SimpleNamespace(num_processes=2, reduce=reduce))
+    assert norm.running_mean.tolist() == [1.5, 1.5]
+    assert calls == ["mean", "mean"]
