@@ -12,8 +12,9 @@ GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),1)
 
 BIN := $(VENV)/bin
-# One process needs no launcher; train.py makes CPU processes find each other (see runtime.py).
-LAUNCH := $(if $(filter 1,$(PROCESSES)),$(BIN)/python,$(BIN)/torchrun --nproc-per-node $(PROCESSES))
+# One process needs no launcher.  torchrun would set one thread with a warning, so it is set here;
+# runtime.py then gives each process its share of the cores.
+LAUNCH := $(if $(filter 1,$(PROCESSES)),$(BIN)/python,OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES))
 WEIGHTS := $(if $(RUN),--weights $(RUN)/model.safetensors)
 OPTIONS := $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(RECIPE),--config $(RECIPE))
 

@@ -5,11 +5,12 @@ Accelerate decides nearly all of it; what is here mends where a launcher and a C
 
 import os
 import platform
+import warnings
 from importlib.metadata import version
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from joblib import cpu_count  # knows of affinity and of container quotas
 
 from options import UserError
@@ -24,7 +25,7 @@ def launch() -> PartialState:
     if world > 1 and not torch.accelerator.is_available():
         # Without this each process would believe it is alone and write over the others' files.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if state.num_processes != world:
         raise UserError(
             f"{world} processes were launched, but this one sees {state.num_processes}: on a CPU "
@@ -69,7 +70,9 @@ def accelerator(precision: str) -> Accelerator:
     if (precision, device) == ("fp16", "cpu"):  # Accelerate would silently compute in float32
         raise UserError("--precision fp16: not on a CPU; try --precision auto")
     try:
-        # Buffers are averaged once an epoch (see sync_buffers), not sent at every step.
+        # Buffers are averaged once an epoch (see sync_buffers), not sent at every step.  The newer
+        # name of this setting, which the warning asks for, is not in torch 2.10.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
         plain = DistributedDataParallelKwargs(broadcast_buffers=False)
         return Accelerator(mixed_precision=precision, kwargs_handlers=[plain])
     except (ValueError, ImportError) as error:

@@ -157,7 +157,7 @@ def test_predict_imports_little(clone, tmp_path):
         "import sys; sys.argv[1:] = ['--help']; sys.path.insert(0, 'scripts')\n"
         "try: import predict\n"
         "finally: print(sorted({m.split('.')[0] for m in sys.modules} & {'torchvision', 'timm', "
-        "'accelerate', 'sklearn', 'tensorboard', 'yaml', 'tqdm'}))"
+        "'accelerate', 'sklearn', 'tensorboard', 'yaml'}))"
     )
     assert shell(f'{sys.executable} -c "{code}"', clone).strip() == "[]"
 
