@@ -88,11 +88,16 @@ class Parser(argparse.ArgumentParser):
         return values
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Docstrings as they are written, and the default behind each option that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parser(description: str) -> Parser:
     """A command's parser; description is its module docstring."""
-    return Parser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
-    )
+    return Parser(description=description, allow_abbrev=False, formatter_class=Formatter)
 
 
 def parse(parser: Parser, argv: list[str] | None, recipe: str | None = None):
@@ -187,23 +192,11 @@ def number(kind, least, most=float("inf"), above=False):
 
 def add_running_options(parser: Parser) -> None:
     """The options of every command that runs a network over a data set."""
-    group = parser.add_argument_group("running")
-    group.add_argument(
-        "--precision",
-        choices=["auto", "no", "fp16", "bf16"],
-        default="auto",
-        help="arithmetic of the network; auto: bf16 where processor or GPU have it natively,\n"
-        "and one given to `accelerate launch` wins",
-    )
-    group.add_argument(
-        "--workers",
-        type=number(int, 0),
-        metavar="N",
-        help="processes that decode photographs (default: the cores of this process, at most 8)",
-    )
-    group.add_argument(
-        "--skip-broken",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="leave out picture files that cannot be read (default: stop and list them)",
-    )
+    add = parser.add_argument_group("running").add_argument
+    help = "auto: bf16 where processor or GPU have it; one given to `accelerate launch` wins"
+    add("--precision", choices=["auto", "no", "fp16", "bf16"], default="auto", help=help)
+    help = "processes that decode photographs (default: as many as cores, at most 8)"
+    add("--workers", metavar="N", type=number(int, 0), help=help)
+    help = "leave out picture files that cannot be read, instead of stopping with their list"
+    flag = argparse.BooleanOptionalAction
+    add("--skip-broken", action=flag, default=False, help=help)

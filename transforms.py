@@ -72,8 +72,8 @@ class Prepare(nn.Module):
         return (images.float() * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
 
 
-def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over all pixels, 0..1 scale.
+def channel_statistics(images: Tensor) -> dict[str, list[float]]:
+    """mean and std (standard deviation) of each channel over all pixels, 0..1 scale.
 
     images uint8 [N, C, H, W].  A channel without contrast gets a deviation of one grey level.
     """
@@ -82,4 +82,4 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
     squares = sum(part.int().square().sum((0, 2, 3)) for part in images.split(4096))
     mean = total.double() / count
     std = (squares.double() / count - mean.square()).clamp(min=1).sqrt()
-    return (mean / 255).tolist(), (std / 255).tolist()
+    return {"mean": (mean / 255).tolist(), "std": (std / 255).tolist()}

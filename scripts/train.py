@@ -35,85 +35,51 @@ from transforms import AUGMENTATIONS, Prepare, augment, channel_statistics
 
 def build_parser() -> options.Parser:
     parser = options.parser(__doc__)
-    parser.add_argument(
-        "--config", metavar="FILE", help="a YAML file of options, or a recipe's name"
-    )
+    flag = argparse.BooleanOptionalAction
+    share, count = number(float, 0, 1), number(int, 1)
+    positive = number(float, 0, above=True)
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="a YAML file of options, or a recipe's name")
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", help="a known set's name, or a folder (default: cifar10)")
-    group.add_argument(
-        "--val",
-        type=number(float, 0, 0.9),
-        default=0.1,
-        metavar="SHARE",
-        help="of the training pictures, kept for validation where there is no val/\n"
-        "(default: 0.1); 0: train on all and keep the last weights",
-    )
-    group.add_argument(
-        "--image-size",
-        type=number(int, 1),
-        metavar="PIXELS",
-        help="side of the pictures that the network is fed (default: small pictures as they are,\n"
-        "photographs as the network was designed for)",
-    )
-    group.add_argument(
-        "--augment",
-        choices=list(AUGMENTATIONS),
-        default="none",
-        help="light: shifts or random crops; standard: and mirroring (default: none)",
-    )
-    for name in ("mean", "std"):
-        group.add_argument(
-            f"--{name}",
-            type=number(float, 0, 1, above=name == "std"),
-            nargs="+",
-            help=f"{name} of each channel, 0..1 scale (default: the training pictures' own;\n"
-            "for photographs the network's)",
-        )
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="a known set's name, or a folder (default: cifar10)")
+    help = "kept of the training pictures where there is no val/; 0: train on all, keep the last"
+    add("--val", metavar="SHARE", type=number(float, 0, 0.9), default=0.1, help=help)
+    help = "side that the network is fed (default: small pictures' own, or the network's)"
+    add("--image-size", metavar="PIXELS", type=count, help=help)
+    help = "light: shifts, or random crops of photographs; standard: and mirroring"
+    add("--augment", choices=list(AUGMENTATIONS), default="none", help=help)
+    help = "of each channel, 0..1 scale (default: small pictures' own, or the network's)"
+    add("--mean", metavar="X", type=share, nargs="+", help=help)
+    add("--std", metavar="X", type=number(float, 0, 1, above=True), nargs="+", help="likewise")
 
-    group = parser.add_argument_group("network and training")
-    group.add_argument("--model", help="see `python model.py`; any timm name or torchvision/NAME")
-    group.add_argument("--epochs", type=number(int, 1), default=10)
-    group.add_argument(
-        "-b",
-        "--batch-size",
-        type=number(int, 1),
-        default=64,
-        help="pictures per optimizer step, over all processes (default: 64)",
-    )
-    group.add_argument(
-        "--accumulate",
-        type=number(int, 1),
-        default=1,
-        metavar="PARTS",
-        help="parts that a batch is computed in, to save memory (default: 1)",
-    )
-    group.add_argument("--optimizer", choices=["sgd", "adamw"], default="adamw")
-    group.add_argument("--lr", type=number(float, 0, above=True), default=0.001)
-    group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of sgd")
-    group.add_argument("--weight-decay", type=number(float, 0), default=0.01)
-    group.add_argument("--schedule", choices=["constant", "cosine"], default="cosine")
-    group.add_argument(
-        "--warmup", type=number(int, 0), default=0, metavar="STEPS", help="of linear rise of the lr"
-    )
-    group.add_argument(
-        "--clip", type=number(float, 0, above=True), metavar="NORM", help="largest gradient norm"
-    )
-    group.add_argument("--seed", type=number(int, 0), default=0)
+    add = parser.add_argument_group("network and training").add_argument
+    add("--model", help="one of `python model.py`, a timm name, or torchvision/NAME")
+    add("--epochs", metavar="N", type=count, default=10, help="times through all pictures")
+    help = "pictures per optimizer step, over all processes"
+    add("-b", "--batch-size", metavar="N", type=count, default=64, help=help)
+    help = "compute a batch in so many parts, to save memory"
+    add("--accumulate", metavar="PARTS", type=count, default=1, help=help)
+    add("--optimizer", choices=["sgd", "adamw"], default="adamw", help="adamw suits most networks")
+    add("--lr", metavar="X", type=positive, default=0.001, help="learning rate")
+    add("--momentum", metavar="X", type=share, default=0.9, help="of sgd")
+    add("--weight-decay", metavar="X", type=number(float, 0), default=0.01, help="pull to zero")
+    help = "of the learning rate, in optimizer steps"
+    add("--schedule", choices=["constant", "cosine"], default="cosine", help=help)
+    help = "optimizer steps of linear rise to the learning rate"
+    add("--warmup", metavar="STEPS", type=number(int, 0), default=0, help=help)
+    add("--clip", metavar="NORM", type=positive, help="largest norm of all gradients together")
+    help = "of the first weights, the order and the augmentation"
+    add("--seed", metavar="N", type=number(int, 0), default=0, help=help)
 
     options.add_running_options(parser)
 
-    group = parser.add_argument_group("output")
-    group.add_argument("--output", metavar="DIR", help="run folder (default: runs/<data>-<model>)")
-    group.add_argument(
-        "--save-every-epoch",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="keep each epoch's weights in epochs/",
-    )
-    group.add_argument(
-        "--log-every", type=number(int, 1), default=50, metavar="STEPS", help="(default: 50)"
-    )
+    add = parser.add_argument_group("output").add_argument
+    add("--output", metavar="DIR", help="run folder (default: runs/<data>-<model>)")
+    help = "keep each epoch's weights, in epochs/"
+    add("--save-every-epoch", action=flag, default=False, help=help)
+    help = "steps between two points of the loss curve"
+    add("--log-every", metavar="STEPS", type=count, default=50, help=help)
     return parser
 
 
@@ -142,21 +108,42 @@ def describe(record: dict, epochs: int, left: float) -> str:
     return f"{line}  {left:.0f} s left"
 
 
-def choose_statistics(args, data, network) -> tuple[list[float], list[float]]:
+def choose_statistics(args, data, network) -> list[list[float]]:
     """Mean and deviation of each channel: as given, small pictures' own, or the network's."""
-    chosen = []
-    own = None
-    train = data.splits["train"].images
-    if isinstance(train, torch.Tensor) and not (args.mean and args.std):
-        own = dict(zip(("mean", "std"), channel_statistics(train), strict=True))
+    train, chosen = data.splits["train"], []
+    if train.in_memory and not (args.mean and args.std):
+        network = channel_statistics(train.images)
     for key in ("mean", "std"):
-        values = getattr(args, key) or (own or network)[key]
+        values = getattr(args, key) or network[key]
         if len(values) not in (1, 3, data.channels):
             raise UserError(f"--{key}: give 1 or {data.channels} numbers, one per channel")
-        if data.channels == 1:
+        if len(values) > data.channels:  # a network for colour, and grey photographs
             values = [sum(values) / len(values)]
-        chosen.append(values * 3 if len(values) < data.channels else values)
-    return tuple(chosen)
+        chosen.append(values if len(values) == data.channels else values * data.channels)
+    return chosen
+
+
+def introduce(args, data, model, accelerator) -> str:
+    """What is said before the first epoch."""
+    train, val = data.splits["train"], data.splits.get("val", ())
+    lines = list(data.notes)
+    if model.input_size != data.image_size:
+        sizes = ["x".join(map(str, size)) for size in (data.image_size, model.input_size)]
+        lines.append(f"pictures of {sizes[0]} pixels are resized to {sizes[1]}")
+    if torch.cuda.device_count() > 1 == accelerator.num_processes:
+        lines.append(f"one of {torch.cuda.device_count()} GPUs is used; `make train` uses all")
+    if model.stem_note:
+        lines.append(model.stem_note)
+    lines.append(
+        f"{args.data}: {len(train):,} pictures to train on, {len(val):,} to validate, "
+        f"{len(data.classes)} classes"
+    )
+    lines.append(
+        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; "
+        f"{accelerator.device.type}, precision {accelerator.mixed_precision}, "
+        f"{accelerator.num_processes} x {torch.get_num_threads()} threads"
+    )
+    return "\n".join(lines)
 
 
 def main(argv=None):
@@ -251,21 +238,7 @@ def main(argv=None):
         "versions": runtime.versions(),
         "options": vars(args),
     }
-    for note in data.notes:
-        say(note)
-    if plain.input_size != data.image_size:
-        sizes = ["x".join(map(str, size)) for size in (data.image_size, plain.input_size)]
-        say(f"pictures of {sizes[0]} pixels are resized to {sizes[1]}")
-    if plain.stem_note:
-        say(plain.stem_note)
-    say(
-        f"{args.data}: {len(train):,} pictures to train on, {len(val or ()):,} to validate, "
-        f"{len(data.classes)} classes"
-    )
-    say(
-        f"{args.model}: {sum(p.numel() for p in plain.parameters()):,} parameters; {device.type}, "
-        f"precision {accelerator.mixed_precision}, {world} x {torch.get_num_threads()} threads"
-    )
+    say(introduce(args, data, plain, accelerator))
 
     step, total = 0, args.epochs * len(train_loader)
     best, best_score, history = None, None, []
@@ -370,9 +343,7 @@ def main(argv=None):
     # Where the weights are, and which command comes next.
     if is_main:
         results = {f"result/{k}": v for k, v in best.items() if k.startswith(("train_", "val_"))}
-        flat = {
-            k: v if isinstance(v, int | float | bool) else str(v) for k, v in vars(args).items()
-        }
+        flat = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()}
         for part in hparams(flat, results):  # the writer's own call makes a folder of its own
             writer.file_writer.add_summary(part)
         for key, value in results.items():

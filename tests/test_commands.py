@@ -176,3 +176,21 @@ def test_two_processes_end_well_ten_times(clone):
     """Exit status 0 ten times in ten on two processes, from start-up to shut-down."""
     for i in range(10):
         shell(f"make train DATA=digits PROCESSES=2 ARGS='--epochs 1 --seed {i}'", clone)
+
+
+@pytest.mark.slow
+def test_bench(clone, make_folder):
+    """Each comparison runs and prints both sides, their ratio and what they were measured on."""
+    small = make_folder(clone / "small", {"train": 70, "test": 5}, size=(32, 32))
+    photos = make_folder(clone / "photos", {"train": 5}, size=(300, 400), suffix=".jpg")
+    shell("make train DATA=digits", clone)
+    for words, ratio in (
+        (f"tutorial --data {small} --epochs 1", "times_faster"),
+        (f"photos --data {photos} --rounds 2", "times_faster"),
+        ("predict --rounds 2", "ratio"),
+    ):
+        found = json.loads(shell(f".venv/bin/python scripts/bench.py {words}", clone))
+        assert found[ratio] > 0
+        assert found["threads"] >= 1
+        if "largest_mean_difference" in found:
+            assert found["largest_mean_difference"] < 1  # grey level, from torchvision's pixels

@@ -152,7 +152,7 @@ def test_channel_statistics(count, channels):
     """Mean and deviation are those of all pixels in double precision."""
     images = pictures(count, channels, 6, 7)
     images[:, 0] //= 3
-    mean, std = channel_statistics(images)
+    mean, std = channel_statistics(images).values()
     pixels = images.numpy().astype(np.float64) / 255
     assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), rel=1e-9)
     assert std == pytest.approx(pixels.std((0, 2, 3)).tolist(), rel=1e-9)
@@ -160,6 +160,6 @@ def test_channel_statistics(count, channels):
 
 def test_channel_without_contrast():
     """A channel of one value has a deviation of one grey level: nothing is divided by zero."""
-    mean, std = channel_statistics(torch.full((3, 1, 4, 4), 51, dtype=torch.uint8))
+    mean, std = channel_statistics(torch.full((3, 1, 4, 4), 51, dtype=torch.uint8)).values()
     assert mean == pytest.approx([0.2])
     assert std == pytest.approx([1 / 255])
