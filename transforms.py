@@ -34,6 +34,8 @@ def augment(images: Tensor, kind: str, decoded: bool, seed: int, epoch: int, ind
     Shifts are up to 1/14 of the side (2 pixels of 28 or 32), the border reflected.
     """
     move, flip = AUGMENTATIONS[kind]
+    if not (move or flip):
+        return images
     draws = uniform(seed, epoch, index, 3)
     if move and not decoded:
         height, width = images.shape[2:]
@@ -62,7 +64,7 @@ class Prepare(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         images = images.to(torch.float32, memory_format=torch.channels_last)
-        images = (images - self.mean) / self.std
+        images = images.sub_(self.mean).div_(self.std)
         if images.shape[2:] != self.input_size:
             images = F.interpolate(images, self.input_size, mode="bilinear", antialias=True)
         return images
