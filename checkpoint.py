@@ -1,7 +1,7 @@
 """model.safetensors: the weights and, in its header, all that is needed to use them.
 
 `save()` and `load_model()` are the only way in and out.  Nothing is executed on loading, and no
-other file is needed.  `atomic_write()` is how every file of a run reaches its final name.
+other file is needed.  `atomic_write()` is how every file but TensorBoard's gets its final name.
 """
 
 import hashlib
@@ -33,14 +33,16 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     aside = path.parent / f".{path.name}.{os.getpid()}"
     try:
         with open(aside, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data.encode(errors="surrogateescape") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
         _sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too leaves nothing behind
         aside.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def _sync_folder(folder: Path) -> None:
@@ -139,6 +141,8 @@ def new_run(folder: str | Path) -> Path:
         except FileExistsError as error:
             if not run.is_dir():
                 raise UserError(f"--output {run} is a file: name a folder") from error
+            if not os.access(run, os.R_OK | os.W_OK | os.X_OK):
+                raise UserError(f"--output {run}: no permission; name another folder") from error
             if not any(run.iterdir()):
                 return run
         except OSError as error:

@@ -9,7 +9,6 @@ generator: it is a function of the seed, the epoch and the picture's index.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -19,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 import images as pictures
 import options
 import sources
-from checkpoint import atomic_write
 from options import OutsideError, UserError, nearest
 from transforms import AUGMENTATIONS, uniform
 
@@ -178,10 +176,9 @@ def recipe_for(name: str) -> str:
 
 
 def choose(name: str | None) -> str:
-    """--data, checked; without it CIFAR-10 or, where that is not to be had, the bundled digits."""
+    """--data, a folder as its full path; without it CIFAR-10 or, for want of that, the digits."""
     if name:
-        is_set(name)
-        return name
+        return name if is_set(name) else str(find_folder(name).resolve())
     try:
         sources.ensure("cifar10", patience=15)
         return "cifar10"
@@ -244,7 +241,7 @@ def load(
         for split, inside in found.items()
     }
     if val == 0:
-        if not (root / "train").is_dir():
+        if not is_divided(root):
             rows["train"] += rows.pop("val")
     elif not rows.get("val"):
         away = stratified(torch.tensor([label for _, label in rows["train"]]), val).tolist()
@@ -252,11 +249,16 @@ def load(
         rows["train"] = [
             row for row, is_away in zip(rows["train"], away, strict=True) if not is_away
         ]
+    # Whoever trains learns of every broken file now, those that test.py would meet included.
+    looked_at = rows if "train" in wanted else wanted
+    files = sorted({file for split in looked_at for file, _ in rows.get(split, [])})
     rows = {split: rows[split] for split in wanted if rows.get(split)}
     if not rows:
         return Data(name, classes, 0, (0, 0), crop, {}, "", notes)
 
-    checked, broken = _inspect([file for part in rows.values() for file, _ in part], workers)
+    checked, broken = pictures.inspect_images(
+        files, SMALL, sources.DATA / "inspected.json", workers
+    )
     if broken and not skip_broken:
         raise UserError(
             f"--data {name}: {len(broken)} of {len(checked) + len(broken)} pictures are broken; "
@@ -268,7 +270,8 @@ def load(
     if "train" in rows and len({label for _, label in rows["train"]}) < len(classes):
         raise UserError(f"--data {name}: a class has no readable training pictures left")
 
-    sides, greys, small = zip(*checked.values(), strict=True)
+    found = [checked[file] for part in rows.values() for file, _ in part]
+    sides, greys, small = zip(*found, strict=True)
     channels = like["channels"] if like else 1 if all(greys) else 3
     if like:
         image_size, crop = tuple(like["image_size"]), like["crop"]
@@ -298,19 +301,21 @@ def load(
         for split, part in splits.items()
         for name, file in zip(part.names, (file for file, _ in rows[split]), strict=True)
     )
-    digest = hashlib.sha256(listing.encode()).hexdigest()
+    digest = hashlib.sha256(os.fsencode(listing)).hexdigest()
     return Data(name, classes, channels, image_size, crop, splits, digest, notes)
 
 
 def _load_set(name, wanted, val, like) -> Data:
-    from safetensors import safe_open
-
     folder = sources.ensure(name)
     splits = {}
     for file in {"test" if split == "test" else "train" for split in wanted}:
-        with safe_open(folder / f"{file}.safetensors", framework="pt") as stored:
-            images, labels = stored.get_tensor("images"), stored.get_tensor("labels")
-            header = stored.metadata()
+        path = folder / f"{file}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as stored:
+                images, labels = stored.get_tensor("images"), stored.get_tensor("labels")
+                header = stored.metadata()
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged ({error}); remove it to have it made anew") from error
         parts = {file: torch.ones(len(labels), dtype=torch.bool)}
         if file == "train":
             away = stratified(labels, val)
@@ -354,6 +359,11 @@ def natural(text: str) -> list:
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", text) if p]
 
 
+def is_divided(root: Path) -> bool:
+    """Whether a folder has train/ with classes in it, rather than classes only."""
+    return any(inside.is_dir() for inside in (root / "train").glob("*"))
+
+
 def list_folder(root: Path) -> tuple[dict[str, dict[str, list[Path]]], list[str]]:
     """split → class → files, and notes, for a folder with train/ (val/, test/) or classes only.
 
@@ -363,7 +373,7 @@ def list_folder(root: Path) -> tuple[dict[str, dict[str, list[Path]]], list[str]
     """
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder")
-    divided = (root / "train").is_dir()
+    divided = is_divided(root)
     tops = {s: root / s for s in ("train", "val", "test")} if divided else {"train": root}
     found, others = {}, Counter()
     for split, top in tops.items():
@@ -379,6 +389,11 @@ def list_folder(root: Path) -> tuple[dict[str, dict[str, list[Path]]], list[str]
     for name, files in classes.items():
         if not files:
             raise UserError(f"--data {root}: class {name} has no pictures; {expected}")
+    splits = [name for name in classes if re.search("train|test|val", name, re.IGNORECASE)]
+    if len(splits) == len(classes) and any(d.is_dir() for d in root.glob("*/*")):
+        raise UserError(
+            f"--data {root}: {' and '.join(splits)} look like splits: name them train, val and test"
+        )
     for split, inside in found.items():
         for name in inside:
             if name not in classes:
@@ -390,84 +405,28 @@ def list_folder(root: Path) -> tuple[dict[str, dict[str, list[Path]]], list[str]
         found |= {split: {name: [] for name in classes} for split in ("train", "val", "test")}
         for name, files in classes.items():
             for file in files:
-                key = hashlib.sha256(file.relative_to(root).as_posix().encode()).digest()[0] / 256
-                split = "test" if key < 0.1 else "val" if key < 0.2 else "train"
+                digest = hashlib.sha256(os.fsencode(file.relative_to(root).as_posix())).digest()
+                split = "test" if digest[0] < 25.6 else "val" if digest[0] < 51.2 else "train"
                 found[split][name].append(file)
         if not all(found["train"].values()):
             name = next(name for name, files in found["train"].items() if not files)
             raise UserError(f"--data {root}: class {name} has too few pictures to be divided")
-    kinds = ", ".join(sorted(others))
-    notes = [f"{others.total()} files ignored, not pictures by their names ({kinds})"]
-    return found, notes if others else []
+    notes = []
+    if others:
+        kinds = ", ".join(sorted(others))
+        notes.append(f"{others.total()} files ignored, not pictures by their names ({kinds})")
+    unused = [d.name for d in root.glob("[!.]*") if divided and d.is_dir() and d.name not in tops]
+    if unused:
+        notes.append(f"folders ignored: {', '.join(unused)} (train, val and test are read)")
+    return found, notes
 
 
 def is_small(root: Path) -> bool:
-    """Whether the training pictures of a folder are all at most SMALL pixels a side."""
+    """Whether a folder's training and validation pictures are all at most SMALL pixels a side."""
+    found, _ = list_folder(root)
     return all(
         pictures.longer_side(file) <= SMALL
-        for files in list_folder(root)[0]["train"].values()
+        for split in ("train", "val")
+        for files in found.get(split, {}).values()
         for file in files
     )
-
-
-class _Inspection(Dataset):
-    """What inspect_image says of each file, or the error's text."""
-
-    def __init__(self, files):
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i):
-        try:
-            return pictures.inspect_image(self.files[i], SMALL)
-        except pictures.UnreadableImage as error:
-            return str(error)
-
-
-def _inspect(files: list[Path], workers: int) -> tuple[dict[Path, tuple], list[str]]:
-    """Decode every file once: {file: (longer side, grey, pixels if small)}, and what is broken.
-
-    What was found of photographs is kept in data/inspected.json: they are decoded again only after
-    they have changed.
-    """
-    store = sources.DATA / "inspected.json"
-    try:
-        known = json.loads(store.read_text())
-    except (FileNotFoundError, ValueError):  # it only saves time
-        known = {}
-    stamps = {}
-    for file in files:
-        state = file.stat()
-        stamps[file] = [str(file.resolve()), state.st_size, state.st_mtime_ns]
-    found = {
-        f: (*known[s[0]][2:], None) for f, s in stamps.items() if known.get(s[0], [])[:2] == s[1:]
-    }
-    new = [file for file in files if file not in found]
-    # Small pictures are decoded faster than they can be handed from one process to another.
-    photos = len(new) > 256 and pictures.longer_side(new[0]) > SMALL
-    loader = DataLoader(
-        _Inspection(new),
-        64,
-        collate_fn=list,
-        num_workers=workers if photos else 0,
-        generator=torch.Generator(),
-    )
-    broken = []
-    with tqdm(total=len(new), desc="reading pictures", disable=None, leave=False) as progress:
-        for file, result in zip(new, itertools.chain.from_iterable(loader), strict=True):
-            progress.update()
-            if isinstance(result, str):
-                broken.append(result)
-            else:
-                found[file] = result
-    photos = {
-        stamps[f][0]: [*stamps[f][1:], *found[f][:2]]
-        for f in new
-        if f in found and found[f][2] is None
-    }
-    if photos:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(store, json.dumps(known | photos))
-    return found, broken

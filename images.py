@@ -1,9 +1,13 @@
 """Picture files of any kind to uint8 pixels, and pixels to a labelled grid of pictures.
 
-Everything that reads a picture (training, testing, predicting) comes through `read_image`.
+Training, testing and predicting decode a picture with the same code: `read_image`, and
+`inspect_image` for small ones that are kept as they are.
 """
 
+import contextlib
 import io
+import itertools
+import json
 import math
 import warnings
 from pathlib import Path
@@ -12,7 +16,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
+from checkpoint import atomic_write
 from options import OutsideError
 
 EXTENSIONS = frozenset(
@@ -36,7 +43,8 @@ def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
 
     Hidden files are in neither.
     """
-    files = [p for p in sorted(Path(folder).rglob("[!.]*")) if p.is_file()]
+    below = ((path, path.relative_to(folder).parts) for path in sorted(Path(folder).rglob("*")))
+    files = [p for p, parts in below if not any(x.startswith(".") for x in parts) and p.is_file()]
     found = [path for path in files if path.suffix.lower() in EXTENSIONS]
     others = [path.suffix or path.name for path in files if path.suffix.lower() not in EXTENSIONS]
     return found, others
@@ -99,7 +107,7 @@ def inspect_image(path: str | Path, small: int) -> tuple[int, bool, np.ndarray |
         with Image.open(path, formats=FORMATS) as image:
             side = max(image.size)
             if side > small:
-                image.draft(None, (image.width // 8, image.height // 8))
+                image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
             image = _to_grey_or_rgb(image)
             pixels = np.asarray(image)
     except Exception as error:
@@ -108,6 +116,71 @@ def inspect_image(path: str | Path, small: int) -> tuple[int, bool, np.ndarray |
     if grey:
         pixels = pixels.reshape(*pixels.shape[:2], -1)[..., :1]
     return side, grey, pixels if side <= small else None
+
+
+class _Inspection(Dataset):
+    """What inspect_image says of each file, or the error's text."""
+
+    def __init__(self, files, small):
+        self.files, self.small = files, small
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i):
+        try:
+            return inspect_image(self.files[i], self.small)
+        except UnreadableImage as error:
+            return str(error)
+
+
+def inspect_images(
+    files: list[Path], small: int, store: Path, workers: int
+) -> tuple[dict[Path, tuple], list[str]]:
+    """Decode every file once: {file: (longer side, grey, pixels if small)}, and what is broken.
+
+    Pixels are kept where the longer side is at most `small`.  What was found of photographs is kept
+    in the file `store`: they are decoded again only after they have changed.
+    """
+    try:
+        known = json.loads(store.read_text())
+    except (FileNotFoundError, ValueError):  # it only saves time
+        known = {}
+    stamps = {}
+    for file in files:
+        state = file.stat()
+        stamps[file] = [str(file.resolve()), state.st_size, state.st_mtime_ns]
+    found = {
+        f: (*known[s[0]][2:], None) for f, s in stamps.items() if known.get(s[0], [])[:2] == s[1:]
+    }
+    new = [file for file in files if file not in found]
+    # Small pictures are decoded faster than they can be handed from one process to another.
+    alone = len(new) <= 256 or longer_side(new[0]) <= small
+    loader = DataLoader(
+        _Inspection(new, small),
+        64,
+        collate_fn=list,
+        num_workers=0 if alone else workers,
+        generator=torch.Generator(),
+    )
+    broken = []
+    with tqdm(total=len(new), desc="reading pictures", disable=None, leave=False) as progress:
+        for file, result in zip(new, itertools.chain.from_iterable(loader), strict=True):
+            progress.update()
+            if isinstance(result, str):
+                broken.append(result)
+            else:
+                found[file] = result
+    photos = {
+        stamps[f][0]: [*stamps[f][1:], *found[f][:2]]
+        for f in new
+        if f in found and found[f][2] is None
+    }
+    if photos:
+        with contextlib.suppress(OSError):
+            store.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(store, json.dumps(known | photos))
+    return found, broken
 
 
 def _unreadable(path: str | Path, error: Exception) -> UnreadableImage:

@@ -5,6 +5,7 @@ error and an exit status: 2 for what the user can mend, 1 for causes outside.
 """
 
 import argparse
+import contextlib
 import difflib
 import os
 import shlex
@@ -33,22 +34,37 @@ def run(main, argv=None) -> int:
 
     main may return an exit status of its own.
     """
+    for stream in (sys.stdout, sys.stderr):  # file names need not be UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape")
     try:
-        return main(argv) or 0
+        status = main(argv) or 0
+        sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
+        return status
     except UserError as error:
         # Every process of a run meets a user's mistake alike: the first one says it.
         if error.status != 2 or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return error.status
     except BrokenPipeError:  # `predict.py … | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except OSError as error:
+        _drop_output()
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _drop_output() -> None:
+    """Let Python's own flush at exit succeed, whatever standard output is."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command(script: str, *words) -> str:
@@ -188,6 +204,12 @@ def number(kind, least, most=float("inf"), above=False):
         return value
 
     return convert
+
+
+def add_weights_option(parser: Parser) -> None:
+    """Which weights to use."""
+    help = "a model.safetensors (default: the newest run's)"
+    parser.add_argument("--weights", metavar="FILE", help=help)
 
 
 def add_running_options(parser: Parser) -> None:

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import warnings
+from datetime import timedelta
 from importlib.metadata import version
 
 import torch
@@ -27,7 +28,8 @@ def launch() -> PartialState:
     if world > 1 and not torch.accelerator.is_available():
         # Without this each process would believe it is alone and write over the others' files.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    # The others wait while the first process downloads: an hour, if the source is a slow one.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=2))
     if state.num_processes != world:
         raise UserError(
             f"{world} processes were launched, but this one sees {state.num_processes}: on a CPU "
@@ -41,10 +43,37 @@ def launch() -> PartialState:
     return state
 
 
-def from_main(state: PartialState, choose):
-    """What choose() returns on the first process, on all of them."""
-    chosen = [choose() if state.is_main_process else None]
-    return broadcast_object_list(chosen)[0]
+def from_main(state: PartialState, work):
+    """What work() returns on the first process, on all of them.
+
+    Where it fails, the first process raises and the others leave quietly with its exit status:
+    nobody waits for a process that is gone.
+    """
+    result, failure = None, None
+    if state.is_main_process:
+        try:
+            result = work()
+        except (UserError, OSError) as error:
+            failure = error
+    status = getattr(failure, "status", 1) if failure else 0
+    result, status = broadcast_object_list([result, status])
+    if failure:
+        raise failure
+    if status:
+        sys.exit(status)
+    return result
+
+
+def main_first(state: PartialState, work):
+    """What work() returns on each process; the others begin when the first one has succeeded."""
+    result = None
+
+    def first():
+        nonlocal result
+        result = work()
+
+    from_main(state, first)
+    return result if state.is_main_process else work()
 
 
 def versions() -> dict[str, str]:
@@ -71,18 +100,18 @@ def cores() -> int:
     return max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def default_workers() -> int:
-    """Processes to decode photographs with: more than 8 to a training process do not pay."""
-    return min(8, cores())
+def workers(asked: int | None) -> int:
+    """Processes to decode photographs with; more than 8 to a training process do not pay."""
+    return min(8, cores()) if asked is None else asked
 
 
-def accelerator(precision: str) -> Accelerator:
-    """The Accelerator for --precision, after launch().
+def accelerator(asked: str, otherwise: str = "auto") -> Accelerator:
+    """The Accelerator for --precision, after launch(); see choose_precision().
 
     Errors: UserError where the device cannot compute in that precision.
     """
     device = PartialState().device.type
-    precision = choose_precision(precision, device)
+    precision = choose_precision(asked, device, otherwise)
     if (precision, device) == ("fp16", "cpu"):  # Accelerate would silently compute in float32
         raise UserError("--precision fp16: not on a CPU; try --precision auto")
     try:
@@ -96,11 +125,17 @@ def accelerator(precision: str) -> Accelerator:
         raise UserError(f"--precision {precision}: {reason}; try --precision auto") from error
 
 
-def choose_precision(asked: str, device: str) -> str:
-    """'no', 'fp16', 'bf16' or 'fp8' for what was asked here and of `accelerate launch`."""
+def choose_precision(asked: str, device: str, otherwise: str = "auto") -> str:
+    """'no', 'fp16', 'bf16' or 'fp8': a `no` that was asked for, what `accelerate launch` was given,
+    what else was asked for, the recipe's (otherwise), and at last what the device has natively.
+    """
     given = os.environ.get("ACCELERATE_MIXED_PRECISION")  # 'no' also where nothing was asked
-    if asked == "no" or given in ("fp16", "bf16", "fp8"):
-        return "no" if asked == "no" else given
+    if asked == "no":
+        return "no"
+    if given in ("fp16", "bf16", "fp8"):
+        return given
+    if asked == "auto":
+        asked = otherwise
     if asked != "auto":
         return asked
     if device == "cuda":

@@ -32,7 +32,7 @@ from options import ROOT, UserError, number
 
 
 class PerPicture(torch.utils.data.Dataset):
-    """Pictures in memory as torchvision's CIFAR10 gives them: through PIL and ToTensor, one by one."""
+    """Pictures in memory as torchvision's CIFAR10 gives them: one by one, by PIL and ToTensor."""
 
     def __init__(self, split: dataset.Split):
         from torchvision.transforms import ToTensor

@@ -27,9 +27,7 @@ BATCH = 64  # pictures
 def build_parser() -> options.Parser:
     parser = options.parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or patterns")
-    parser.add_argument(
-        "--weights", metavar="FILE", help="a model.safetensors (default: the newest run's)"
-    )
+    options.add_weights_option(parser)
     parser.add_argument(
         "--top", type=number(int, 1), default=1, metavar="K", help="likeliest classes (default: 1)"
     )

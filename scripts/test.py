@@ -26,13 +26,12 @@ from options import UserError, number
 
 def build_parser() -> options.Parser:
     parser = options.parser(__doc__)
-    parser.add_argument(
-        "--weights", metavar="FILE", help="a model.safetensors (default: the newest run's)"
-    )
+    options.add_weights_option(parser)
     parser.add_argument(
         "--data", help="a set or folder with the same classes (default: trained on)"
     )
-    parser.add_argument("-b", "--batch-size", type=number(int, 1), default=512)
+    help = "pictures at a time, over all processes (default: four times what was trained with)"
+    parser.add_argument("-b", "--batch-size", metavar="N", type=number(int, 1), help=help)
     parser.add_argument(
         "--output", metavar="DIR", help="folder of report/ and samples/ (default: the weights')"
     )
@@ -104,6 +103,8 @@ def report(args, weights: Path, header: dict, data: dataset.Data, split: str, ro
 
     # Ten pictures in full size for predict.py to answer.
     chosen = torch.linspace(0, len(part) - 1, min(10, len(part))).round().long().tolist()
+    for old in (output / "samples").glob("*.png"):
+        old.unlink()
     for k, i in enumerate(chosen):
         if part.in_memory:
             image = part.images[i]
@@ -129,39 +130,44 @@ def main(argv=None):
     model, prepare, header = checkpoint.load_model(weights)
     # These take seconds to import, which mistakes need not wait for.
     import runtime
-    from metrics import evaluate
+    from metrics import evaluate, evaluation_batch
 
-    # Data: the test pictures, or the validation ones where there are none.
+    # Data: the test pictures, or the validation ones where there are none.  What was said for
+    # training holds here too, unless it is said anew.
+    trained = header["options"]
     state = runtime.launch()
-    accelerator = runtime.accelerator(args.precision)
+    kept = "no" if trained["precision"] == "no" else "auto"  # the device may be another one
+    accelerator = runtime.accelerator(args.precision, otherwise=kept)
     device, say = accelerator.device, accelerator.print
-    workers = runtime.default_workers() if args.workers is None else args.workers
-    with state.main_process_first():
-        for split in ("test", "val"):
-            data = dataset.load(
-                args.data or header["data"],
-                [split],
-                val=header["options"]["val"],
-                like=header,
-                skip_broken=args.skip_broken,
-                workers=workers,
-            )
-            if data.splits:
-                break
-        else:
-            raise UserError(f"--data {data.name} has neither test nor validation pictures")
+    workers = runtime.workers(trained["workers"] if args.workers is None else args.workers)
+    reading = {
+        "val": trained["val"],
+        "like": header,
+        "skip_broken": args.skip_broken or trained["skip_broken"],
+        "workers": workers,
+    }
+    for split in ("test", "val"):
+        data = runtime.main_first(
+            state, lambda split=split: dataset.load(args.data or header["data"], [split], **reading)
+        )
+        if data.splits:
+            break
+    else:
+        raise UserError(f"--data {data.name}: no test/ and no val/ pictures; add a test/ folder")
     for note in data.notes:
         say(note)
     if split == "val":
         say(
             f"{data.name} has no test pictures: these are the validation pictures"
-            + (", by which the weights were chosen" if header["options"]["val"] else "")
+            + (", by which the weights were chosen" if trained["val"] else "")
         )
 
     # Evaluate.
-    loader = data.loader(
-        split, args.batch_size, workers=workers, rank=state.process_index, world=state.num_processes
+    rank, world = state.process_index, state.num_processes
+    batch = args.batch_size or evaluation_batch(
+        trained["batch_size"], trained["accumulate"], world, data.splits[split].in_memory
     )
+    loader = data.loader(split, batch, workers=workers, rank=rank, world=world)
     rows = evaluate(model.to(device), loader, prepare.to(device), accelerator)
     if accelerator.is_main_process:
         report(args, weights, header, data, split, rows)

@@ -29,7 +29,7 @@ import options
 from dataset import on_device
 from images import draw_grid
 from model import create_model, network_defaults
-from options import UserError, number
+from options import OutsideError, UserError, number
 from transforms import AUGMENTATIONS, Prepare, augment, channel_statistics
 
 
@@ -58,7 +58,7 @@ def build_parser() -> options.Parser:
     add("--epochs", metavar="N", type=count, default=10, help="times through all pictures")
     help = "pictures per optimizer step, over all processes"
     add("-b", "--batch-size", metavar="N", type=count, default=64, help=help)
-    help = "compute a batch in so many parts, to save memory"
+    help = "compute a batch in so many parts of 2 or more pictures, to save memory"
     add("--accumulate", metavar="PARTS", type=count, default=1, help=help)
     add("--optimizer", choices=["sgd", "adamw"], default="adamw", help="adamw suits most networks")
     add("--lr", metavar="X", type=positive, default=0.001, help="learning rate")
@@ -70,7 +70,7 @@ def build_parser() -> options.Parser:
     add("--warmup", metavar="STEPS", type=number(int, 0), default=0, help=help)
     add("--clip", metavar="NORM", type=positive, help="largest norm of all gradients together")
     help = "of the first weights, the order and the augmentation"
-    add("--seed", metavar="N", type=number(int, 0), default=0, help=help)
+    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help=help)
 
     options.add_running_options(parser)
 
@@ -150,19 +150,21 @@ def main(argv=None):
     # Options: the command line over the recipe of the data set.
     parser = build_parser()
     args = options.parse(parser, argv)
+    if args.model:
+        network_defaults(args.model)  # a misspelt name ends here, before any download
     # These take seconds to import, which --help and a misspelt option need not wait for.
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
     import runtime
-    from metrics import evaluate, figures
+    from metrics import evaluate, evaluation_batch, figures
 
     state = runtime.launch()
     args.data = runtime.from_main(state, lambda: dataset.choose(args.data))
+    typed = args
     if not args.model and not args.config:
-        chosen = args.data
-        args = options.parse(parser, argv, recipe=dataset.recipe_for(chosen))
-        args.data = chosen
+        args = options.parse(parser, argv, recipe=dataset.recipe_for(typed.data))
+        args.data = typed.data
     if not args.model:
         raise UserError(f"--config {args.config} names no model: add one there, or give --model")
     rank, world = state.process_index, state.num_processes
@@ -174,14 +176,15 @@ def main(argv=None):
         )
 
     # Accelerator.
-    accelerator = runtime.accelerator(args.precision)
+    accelerator = runtime.accelerator(typed.precision, otherwise=args.precision)
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
 
     # Data.  The first process inspects the files of a folder; the others read what it found.
     network = network_defaults(args.model)
-    workers = runtime.default_workers() if args.workers is None else args.workers
-    with state.main_process_first():
-        data = dataset.load(
+    workers = runtime.workers(args.workers)
+    data = runtime.main_first(
+        state,
+        lambda: dataset.load(
             args.data,
             ["train", "val"] if args.val else ["train"],
             val=args.val,
@@ -189,7 +192,8 @@ def main(argv=None):
             crop=network["crop"],
             skip_broken=args.skip_broken,
             workers=workers,
-        )
+        ),
+    )
     train, val = data.splits["train"], data.splits.get("val")
     if len(train) < 2 * world:
         raise UserError(f"--data {args.data}: {len(train)} training pictures are too few")
@@ -197,7 +201,8 @@ def main(argv=None):
     train_loader = data.loader(
         "train", args.batch_size, seed=args.seed, augment=args.augment, **shared
     )
-    val_loader = data.loader("val", 4 * args.batch_size, **shared) if val else None
+    val_batch = evaluation_batch(args.batch_size, args.accumulate, world, train.in_memory)
+    val_loader = data.loader("val", val_batch, **shared) if val else None
 
     # Model and optimizer.
     size = (args.image_size,) * 2 if args.image_size else data.image_size
@@ -215,11 +220,16 @@ def main(argv=None):
         optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)  # device, casts, several processes
     plain = accelerator.unwrap_model(model)
+    normalised = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in plain.modules())
+    if normalised and args.batch_size < 2 * world:
+        raise UserError(f"--batch-size: batch norm needs 2 pictures a process, so {2 * world}")
     torch.manual_seed(args.seed + rank)  # what dropout draws differs between processes
 
     # The run folder, which only the first process writes, and what is said once.
+    run = runtime.from_main(
+        state, lambda: checkpoint.new_run(args.output or options.RUNS / run_name(args))
+    )
     if is_main:
-        run = checkpoint.new_run(args.output or options.RUNS / run_name(args))
         checkpoint.atomic_write(run / "options.yaml", options.as_yaml(args))
         writer = SummaryWriter(run)
     header = {
@@ -236,6 +246,8 @@ def main(argv=None):
         "data": args.data,
         "data_sha256": data.sha256,
         "versions": runtime.versions(),
+        "threads": torch.get_num_threads(),
+        "processes": world,
         "options": vars(args),
     }
     say(introduce(args, data, plain, accelerator))
@@ -244,7 +256,7 @@ def main(argv=None):
     best, best_score, history = None, None, []
     began = time.perf_counter()
     for epoch in range(args.epochs):
-        # Train.  Nothing in a step waits for the device, but for the loss every --log-every steps.
+        # Train.  In a step nothing is read back from the device, but the loss every --log-every.
         model.train()
         train_loader.sampler.epoch = epoch
         epoch_began = time.perf_counter()
@@ -290,6 +302,11 @@ def main(argv=None):
             recent_images += batch_images
             if step % args.log_every == 0 or i == len(train_loader) - 1:
                 loss, hits = accelerator.reduce(recent).tolist()
+                if not math.isfinite(loss):
+                    raise OutsideError(
+                        f"the loss is {loss} at epoch {epoch + 1}, step {step}, lr {lr:.2g}: lower "
+                        f"--lr or give --clip; the weights of earlier epochs are in {run}"
+                    )
                 if is_main:
                     writer.add_scalar("train_loss", loss / recent_images, step)
                     writer.add_scalar("learning_rate", lr, step)
@@ -331,7 +348,7 @@ def main(argv=None):
             for path in keep:
                 path.parent.mkdir(exist_ok=True)
                 checkpoint.save(path, plain.state_dict(), header)
-            if epoch == 0:
+            if epoch in (0, args.epochs - 1):  # and again in case another run has begun since
                 checkpoint.point_latest(run)
             metrics = {"epochs": history, "summary": summary}
             checkpoint.atomic_write(run / "metrics.json", json.dumps(metrics, indent=1))

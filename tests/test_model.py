@@ -191,11 +191,11 @@ def test_torchvision_makes_no_noise(recwarn):
 def test_network_defaults():
     """Photographs are prepared as the network's own configuration says."""
     imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop": 0.875}
-    common = {**imagenet, "interpolation": "bilinear"}
+    common = imagenet
     assert model.network_defaults("lenet") == {**common, "image_size": 32}
     assert model.network_defaults("torchvision/resnet18") == {**common, "image_size": 224}
     assert model.network_defaults("tf_efficientnet_b2")["image_size"] == 260
-    half = {"mean": [0.5] * 3, "std": [0.5] * 3, "crop": 0.9, "interpolation": "bicubic"}
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3, "crop": 0.9}
     assert model.network_defaults("vit_tiny_patch16_224") == {**half, "image_size": 224}
 
 

@@ -109,7 +109,7 @@ def test_threads(monkeypatch, environment, threads):
 def test_processes_apart(monkeypatch):
     """Processes that do not find each other stop instead of each training alone."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(runtime, "PartialState", lambda: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(runtime, "PartialState", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(UserError, match="2 processes were launched, but this one sees 1"):
         runtime.launch()
 
@@ -119,7 +119,7 @@ def test_launched_on_a_cpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(runtime, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(runtime, "PartialState", lambda **_: SimpleNamespace(num_processes=2))
     runtime.launch()
     assert os.environ["ACCELERATE_USE_CPU"] == "true"
 
@@ -128,7 +128,7 @@ def test_workers(monkeypatch):
     """Decoding takes the cores of this process, at most eight, at least one."""
     for processes, workers in (("1", 8), ("3", 4), ("12", 1), ("40", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-        assert runtime.default_workers() == workers
+        assert runtime.workers(None) == workers
 
 
 def test_from_main():

@@ -128,6 +128,7 @@ def test_the_best_epoch_is_kept(pictures, tmp_path):
     _, header, metrics = fit(pictures, tmp_path / "run", *words, "--batch-size", "4")
     scores = [(r["val_accuracy"], -r["val_loss"]) for r in metrics["epochs"]]
     best = max(range(6), key=lambda i: (scores[i], -i)) + 1
+    assert best < 6
     assert header["epoch"] == metrics["summary"]["best_epoch"] == best
     kept = sorted((tmp_path / "run" / "epochs").iterdir())
     assert [path.name for path in kept] == [f"epoch-{n:03d}.safetensors" for n in range(1, 7)]
@@ -156,7 +157,7 @@ def test_what_tensorboard_shows(pictures, tmp_path):
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     steps = [event.step for event in events.Scalars("train_loss")]
-    assert steps == [2, 4, 5, 6, 8, 10] or steps == [2, 4, 6, 8, 10, 12]
+    assert steps == [2, 4, 5, 6, 8, 10]  # of 26 pictures in fives, the last one is dropped
     assert [e.step for e in events.Scalars("epoch/val_accuracy")] == [1, 2]
     tags = set(events.Tags()["scalars"])
     assert {"learning_rate", "epoch/train_loss", "epoch/images_per_second"} <= tags
@@ -243,8 +244,13 @@ def test_greyscale_weights_answer_colour_pictures(make_folder, tmp_path, capsys)
     colour = make_folder(tmp_path / "colour", {"train": 4}, size=(90, 40))
     _, header, _ = fit(grey, tmp_path / "run")
     assert header["channels"] == 1
-    assert call(predict.main, colour, "--format", "csv") == 0
-    assert len(capsys.readouterr().out.splitlines()[-9:]) == 9
+    assert fit(colour, tmp_path / "other", "--image-size", "32")[1]["channels"] == 3
+    for run, pictures in (("run", colour), ("other", grey)):
+        weights = tmp_path / run / "model.safetensors"
+        capsys.readouterr()
+        assert call(predict.main, pictures, "--format", "csv", "--weights", weights) == 0
+        rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+        assert [row["file"] for row in rows] == [str(p) for p in sorted(pictures.rglob("*.png"))]
 
 
 def test_without_network_the_digits_are_used(tmp_path, monkeypatch, capsys):
