@@ -8,15 +8,21 @@ IMAGE ?=
 ARGS ?=
 VENV ?= .venv
 PYTHON ?= python3
+comma := ,
+ifeq ($(origin CUDA_VISIBLE_DEVICES),undefined)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+else
+GPUS := $(words $(subst $(comma), ,$(CUDA_VISIBLE_DEVICES)))
+endif
 PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),1)
 
 BIN := $(VENV)/bin
 # One process needs no launcher.  torchrun would set one thread with a warning, so it is set here;
 # runtime.py then gives each process its share of the cores.
 LAUNCH := $(if $(filter 1,$(PROCESSES)),$(BIN)/python,OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES))
-WEIGHTS := $(if $(RUN),--weights $(RUN)/model.safetensors)
-OPTIONS := $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(RECIPE),--config $(RECIPE))
+WEIGHTS := $(if $(RUN),--weights '$(RUN)/model.safetensors')
+FROM := $(if $(DATA),--data '$(DATA)')
+OPTIONS := $(FROM) $(if $(MODEL),--model '$(MODEL)') $(if $(RECIPE),--config '$(RECIPE)')
 
 .PHONY: help setup data train test predict tensorboard check check-all clean
 
@@ -44,20 +50,20 @@ $(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
 	@touch $@
 
 data: setup
-	$(BIN)/python scripts/download.py $(or $(DATA),cifar10) $(ARGS)
+	$(BIN)/python scripts/download.py '$(or $(DATA),cifar10)' $(ARGS)
 
 train: setup
 	$(LAUNCH) scripts/train.py $(OPTIONS) $(ARGS)
 	$(LAUNCH) scripts/test.py
 
 test: setup
-	$(LAUNCH) scripts/test.py $(WEIGHTS) $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(LAUNCH) scripts/test.py $(WEIGHTS) $(FROM) $(ARGS)
 
 predict: setup
 	@$(BIN)/python scripts/predict.py $(WEIGHTS) $(ARGS) $(or $(IMAGE),$(error give IMAGE=img.png))
 
 tensorboard: setup
-	$(BIN)/tensorboard --logdir $(or $(RUN),runs) $(ARGS)
+	$(BIN)/tensorboard --logdir '$(or $(RUN),runs)' $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -84,7 +84,7 @@ def test_the_readme_runs(clone, make_folder):
             serve(command, clone)
         else:
             shell(command, clone)
-    assert (clone / "exported" / "mnist" / "test" / "7").is_dir()
+    assert (clone / "pictures" / "mnist" / "test" / "7").is_dir()
 
 
 def serve(command, cwd):
@@ -151,15 +151,54 @@ def test_from_any_folder(clone, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_predict_imports_little(clone, tmp_path):
-    """The built-in networks are used without the libraries that take seconds to import."""
+def test_predict_imports_little(clone):
+    """Weights of a built-in network answer without the libraries that take seconds to import."""
+    shell(".venv/bin/python scripts/train.py --data digits --epochs 1 --output runs/light", clone)
+    shell(".venv/bin/python scripts/test.py --weights runs/light/model.safetensors", clone)
     code = (
-        "import sys; sys.argv[1:] = ['--help']; sys.path.insert(0, 'scripts')\n"
-        "try: import predict\n"
-        "finally: print(sorted({m.split('.')[0] for m in sys.modules} & {'torchvision', 'timm', "
+        "import sys; sys.path.insert(0, 'scripts'); import predict; predict.main(["
+        "'runs/light/samples', '--weights', 'runs/light/model.safetensors']); "
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'torchvision', 'timm', "
         "'accelerate', 'sklearn', 'tensorboard', 'yaml'}))"
     )
-    assert shell(f'{sys.executable} -c "{code}"', clone).strip() == "[]"
+    said = shell(f'.venv/bin/python -c "{code}"', clone).splitlines()
+    assert len(said) == 11
+    assert said[-1] == "[]"
+
+
+def test_two_processes_stop_together(clone, make_folder):
+    """What ends one process ends the other too, with one line of ours and no traceback of ours."""
+    folder = make_folder(clone / "torn", {"train": 6, "val": 3})
+    (folder / "val" / "bees" / "torn.png").write_bytes(b"")
+    (clone / "file").touch()
+    for words, named in (
+        ("--data cifar11", "did you mean cifar10"),
+        ("--data torn --model lenet", "torn.png"),
+        ("--data digits --epochs 1 --output file", "--output"),
+    ):
+        result = subprocess.run(
+            f"OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 scripts/train.py {words}",
+            shell=True,
+            cwd=clone,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 1  # torchrun's own
+        before_its_report = result.stderr.split("torch/distributed/elastic")[0]
+        assert before_its_report.count("error: ") == 1, result.stderr
+        assert named in before_its_report
+        assert "Traceback" not in before_its_report
+
+
+def test_broken_test_pictures_are_skipped_to_the_end(clone, make_folder):
+    """ARGS=--skip-broken holds for the whole of make train; a name with a space is no obstacle."""
+    folder = make_folder(clone / "with space", {"train": 6, "test": 3}, size=(16, 16))
+    (folder / "test" / "bees" / "torn.png").write_bytes(b"")
+    shell("make train DATA='with space' MODEL=lenet", clone, status=2)
+    words = "--skip-broken --epochs 1 --no-save-every-epoch"
+    said = shell(f"make train DATA='with space' MODEL=lenet ARGS='{words}'", clone)
+    assert "1 broken pictures left out" in said
+    assert "6 pictures" in said
 
 
 def test_mistakes_reach_the_shell(clone):

@@ -11,6 +11,7 @@ from PIL import Image
 
 import dataset
 import images as pictures
+import sources
 from dataset import Batches, Data, Split, list_folder, load, natural, on_device, stratified
 from images import UnreadableImage
 from options import UserError
@@ -469,3 +470,46 @@ def test_recipe_for(tmp_path, make_folder):
     assert dataset.recipe_for(str(tmp_path / "large")) == "photos"
     assert dataset.recipe_for("digits") == "digits"
     assert set(dataset.RECIPES) == set(dataset.sources.SETS)
+
+
+def test_splits_by_other_names(tmp_path, make_folder):
+    """Train/ and Test/ are no two classes, and a folder that is not read is named."""
+    make_folder(tmp_path / "a", {"Train": 3, "Test": 2})
+    with pytest.raises(UserError, match="name them train, val and test"):
+        load(str(tmp_path / "a"), ["train"])
+    make_folder(tmp_path / "b", {"train": 3, "valid": 2})
+    assert "folders ignored: valid" in load(str(tmp_path / "b"), ["train"]).notes[0]
+    make_folder(tmp_path / "c", {"": 30}, classes=("bus", "car", "train"))
+    assert load(str(tmp_path / "c"), ["train"]).classes == ["bus", "car", "train"]
+
+
+def test_odd_file_names(tmp_path, make_folder):
+    """Hidden folders are left out, and a name need not be UTF-8."""
+    root = make_folder(tmp_path / "p", {"": 20})
+    picture = (root / "ants" / "0.png").read_bytes()
+    (root / "ants" / ".thumbnails").mkdir()
+    (root / "ants" / ".thumbnails" / "0.png").write_bytes(picture)
+    with open(os.fsencode(root / "ants") + b"/caf\xe9.png", "wb") as file:
+        file.write(picture)
+    found = load(str(root), SPLITS)
+    assert sum(len(part) for part in found.splits.values()) == 41
+
+
+def test_training_learns_of_broken_test_pictures(tmp_path, make_folder):
+    """Every broken file is listed before training, those in test/ too; test.py reads its own."""
+    root = make_folder(tmp_path / "p", {"train": 4, "test": 2})
+    (root / "test" / "ants" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"test/ants/broken\.png"):
+        load(str(root), ["train"], val=0)
+    (root / "train" / "ants" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="1 of 5"):
+        load(str(root), ["test"])
+
+
+def test_a_damaged_set_says_how_to_mend_it():
+    """A data/<name>/ file cut short is named with the remedy."""
+    folder = sources.ensure("digits")
+    path = folder / "train.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match="remove it"):
+        load("digits", ["train"])

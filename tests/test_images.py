@@ -337,3 +337,12 @@ def test_encode_png(channels):
     image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
     decoded = np.asarray(Image.open(io.BytesIO(encode_png(image)))).reshape(5, 7, channels)
     assert np.array_equal(decoded, image.permute(1, 2, 0))
+
+
+def test_a_narrow_photograph(tmp_path):
+    """A JPEG of 5 by 100 pixels is small in one direction only, and whole."""
+    path = tmp_path / "narrow.jpg"
+    Image.new("RGB", (5, 100), "red").save(path)
+    side, grey, pixels = images.inspect_image(path, 64)
+    assert (side, grey, pixels) == (100, False, None)
+    assert images.read_image(path, 3, (32, 32), 0.875).shape == (32, 32, 3)
