@@ -236,26 +236,10 @@ def load(
             f"--data {name}: class {strange[0]} is none of the {len(classes)} that the weights "
             f"were trained on ({', '.join(classes[:3])}, …)"
         )
-    rows = {
-        split: [(file, classes.index(c)) for c, files in inside.items() for file in files]
-        for split, inside in found.items()
-    }
-    if val == 0:
-        if not is_divided(root):
-            rows["train"] += rows.pop("val")
-    elif not rows.get("val"):
-        away = stratified(torch.tensor([label for _, label in rows["train"]]), val).tolist()
-        rows["val"] = [row for row, is_away in zip(rows["train"], away, strict=True) if is_away]
-        rows["train"] = [
-            row for row, is_away in zip(rows["train"], away, strict=True) if not is_away
-        ]
+    rows = _choose_rows(found, classes, val, is_divided(root))
     # Whoever trains learns of every broken file now, those that test.py would meet included.
     looked_at = rows if "train" in wanted else wanted
     files = sorted({file for split in looked_at for file, _ in rows.get(split, [])})
-    rows = {split: rows[split] for split in wanted if rows.get(split)}
-    if not rows:
-        return Data(name, classes, 0, (0, 0), crop, {}, "", notes)
-
     checked, broken = pictures.inspect_images(
         files, SMALL, sources.DATA / "inspected.json", workers
     )
@@ -266,9 +250,12 @@ def load(
         )
     if broken:
         notes.append(f"{len(broken)} broken pictures left out")
-    rows = {s: [row for row in part if row[0] in checked] for s, part in rows.items()}
+    rows = {s: [row for row in rows.get(s, []) if row[0] in checked] for s in wanted}
     if "train" in rows and len({label for _, label in rows["train"]}) < len(classes):
         raise UserError(f"--data {name}: a class has no readable training pictures left")
+    rows = {split: part for split, part in rows.items() if part}
+    if not rows:
+        return Data(name, classes, 0, (0, 0), crop, {}, "", notes)
 
     found = [checked[file] for part in rows.values() for file, _ in part]
     sides, greys, small = zip(*found, strict=True)
@@ -291,7 +278,7 @@ def load(
     for split, part in rows.items():
         files = [file for file, _ in part]
         images = files
-        if max(*sides, *image_size) <= SMALL:
+        if max(max(sides), *image_size) <= SMALL:
             stacked = np.stack([read(file) for file in files])
             images = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
         names = [file.relative_to(root).as_posix() for file in files]
@@ -303,6 +290,22 @@ def load(
     )
     digest = hashlib.sha256(os.fsencode(listing)).hexdigest()
     return Data(name, classes, channels, image_size, crop, splits, digest, notes)
+
+
+def _choose_rows(found, classes: list[str], val: float, divided: bool) -> dict[str, list[tuple]]:
+    """split → (file, label) of its pictures, with a share of train as val where that is wanted."""
+    rows = {
+        split: [(file, classes.index(c)) for c, files in inside.items() for file in files]
+        for split, inside in found.items()
+    }
+    if val == 0 and not divided:
+        rows["train"] += rows.pop("val")
+    elif val and not rows.get("val"):
+        away = stratified(torch.tensor([label for _, label in rows["train"]]), val).tolist()
+        both = list(zip(rows["train"], away, strict=True))
+        rows["train"] = [row for row, is_away in both if not is_away]
+        rows["val"] = [row for row, is_away in both if is_away]
+    return rows
 
 
 def _load_set(name, wanted, val, like) -> Data:
