@@ -113,7 +113,7 @@ def accelerator(asked: str, otherwise: str = "auto") -> Accelerator:
     device = PartialState().device.type
     precision = choose_precision(asked, device, otherwise)
     if (precision, device) == ("fp16", "cpu"):  # Accelerate would silently compute in float32
-        raise UserError("--precision fp16: not on a CPU; try --precision auto")
+        raise UserError("fp16 is not for a CPU: give --precision no, or launch without it")
     try:
         # Buffers are averaged once an epoch (see sync_buffers), not sent at every step.  The newer
         # name of this setting, which the warning asks for, is not in torch 2.10.

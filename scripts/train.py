@@ -29,7 +29,7 @@ import options
 from dataset import on_device
 from images import draw_grid
 from model import create_model, network_defaults
-from options import OutsideError, UserError, number
+from options import UserError, number
 from transforms import AUGMENTATIONS, Prepare, augment, channel_statistics
 
 
@@ -303,7 +303,7 @@ def main(argv=None):
             if step % args.log_every == 0 or i == len(train_loader) - 1:
                 loss, hits = accelerator.reduce(recent).tolist()
                 if not math.isfinite(loss):
-                    raise OutsideError(
+                    raise UserError(
                         f"the loss is {loss} at epoch {epoch + 1}, step {step}, lr {lr:.2g}: lower "
                         f"--lr or give --clip; the weights of earlier epochs are in {run}"
                     )

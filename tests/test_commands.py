@@ -211,6 +211,22 @@ def test_mistakes_reach_the_shell(clone):
 
 
 @pytest.mark.slow
+def test_batch_norm_on_two_processes(clone, make_folder):
+    """Averaged statistics are in the weights: one process and two measure the same with them."""
+    make_folder(clone / "norm", {"train": 21, "val": 9, "test": 11}, size=(16, 16))
+    words = "--data norm --model resnet10t --epochs 2 --batch-size 8 --output runs/norm"
+    words += " --precision no"
+    launch = "OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2"
+    assert "18 to validate" in shell(f"{launch} scripts/train.py {words}", clone)
+    found = []
+    for launcher in (launch, ".venv/bin/python"):
+        shell(f"{launcher} scripts/test.py --weights runs/norm/model.safetensors", clone)
+        found.append(json.loads((clone / "runs/norm/report/metrics.json").read_text()))
+    assert found[0]["images"] == found[1]["images"] == 22
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], 1e-5)
+
+
+@pytest.mark.slow
 def test_two_processes_end_well_ten_times(clone):
     """Exit status 0 ten times in ten on two processes, from start-up to shut-down."""
     for i in range(10):

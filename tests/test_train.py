@@ -281,7 +281,7 @@ def test_without_network_the_digits_are_used(tmp_path, monkeypatch, capsys):
         (["--config", "tutorail"], "did you mean tutorial"),
         (["--data", "no/such/folder"], "no such folder"),
         (["--mean", "0.1", "0.2"], "one per channel"),
-        (["--precision", "fp16"], "--precision auto"),
+        (["--precision", "fp16"], "--precision no"),
     ],
 )
 def test_mistakes_end_in_one_line(pictures, words, named, capsys):
