@@ -83,7 +83,9 @@ def test_the_readme_runs(clone, make_folder):
         elif command == "make tensorboard":
             serve(command, clone)
         else:
-            shell(command, clone)
+            said = shell(command, clone)
+        if command == "make train DATA=digits":
+            assert f"    {said.splitlines()[-1]}\n" in README
     assert (clone / "pictures" / "mnist" / "test" / "7").is_dir()
 
 

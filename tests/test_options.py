@@ -1,5 +1,7 @@
 """Options mean the same from a file and from the command line, and mistakes end in one line."""
 
+import json
+import statistics
 import subprocess
 import sys
 
@@ -225,3 +227,19 @@ def test_command(monkeypatch):
     assert words[1:] == ["scripts/test.py", "--weights", "'runs/my", "run/m'"]
     monkeypatch.chdir("/")
     assert str(options.ROOT / "scripts" / "test.py").lstrip("/") in options.command("test.py")
+
+
+def test_the_readme_tells_the_stored_results():
+    """Every figure of the README's table is computed from recipes/results.json."""
+    stored = json.loads((options.RECIPES / "results.json").read_text())
+    readme = (options.ROOT / "README.md").read_text()
+    for result in stored["results"]:
+        assert (options.RECIPES / f"{result['recipe']}.yaml").is_file()
+        accuracies, count = result["accuracy"], len(result["accuracy"])
+        accuracy = f"{100 * statistics.mean(accuracies):.1f}"
+        if count > 1:
+            accuracy += f" ± {100 * statistics.stdev(accuracies):.1f}"
+        seconds = statistics.mean(result["train_seconds"])
+        cells = [result["title"], f"{accuracy} % ({count})", f"{seconds:.0f} s"]
+        row = f"| {' | '.join(cells)} | `{result['command']}` |"
+        assert row in readme, row
