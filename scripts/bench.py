@@ -150,8 +150,8 @@ def bench_photos(args) -> dict:
         folder = ImageFolder(Path(name) / "train", resize)
         data = dataset.load(name, ["train"], val=0)
         loaders = {
-            "torchvision": torch.utils.data.DataLoader(folder, 32, num_workers=args.workers),
-            "ours": data.loader("train", 32, workers=args.workers),
+            "torchvision": torch.utils.data.DataLoader(folder, 8, num_workers=args.workers),
+            "ours": data.loader("train", 8, workers=args.workers),
         }
         speeds = {side: [] for side in loaders}
         for _ in range(args.rounds):
