@@ -88,18 +88,13 @@ def tutorial_loop(name: str, epochs: int) -> tuple[float, float]:
     return seconds, hits / len(test)
 
 
-def ours(args, folder: str) -> tuple[float, float]:
-    """train.py and test.py as commands: seconds of training, and test accuracy."""
-    run = Path(folder) / "run"
-    if run.exists():
-        run = run.with_name("second")
-    words = ["--data", args.data, "--config", "tutorial", "--epochs", args.epochs, "--output", run]
-    for script, rest in (
-        ("train.py", words),
-        ("test.py", ["--weights", run / "model.safetensors"]),
-    ):
-        command = [sys.executable, ROOT / "scripts" / script, *rest]
-        subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
+def ours(args) -> tuple[float, float]:
+    """train.py and test.py as commands, a run in runs/: seconds of training, and test accuracy."""
+    words = ["--data", args.data, "--config", "tutorial", "--epochs", str(args.epochs)]
+    for script, rest in (("train.py", words), ("test.py", [])):
+        command = [sys.executable, str(ROOT / "scripts" / script), *rest]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    run = checkpoint.latest_weights().parent
     summary = json.loads((run / "metrics.json").read_text())["summary"]
     return summary["train_seconds"], json.loads((run / "report/metrics.json").read_text())["top1"]
 
@@ -111,10 +106,10 @@ def spawned() -> ProcessPoolExecutor:
 
 def bench_tutorial(args) -> dict:
     """Ours, the tutorial's loop, ours again."""
-    with tempfile.TemporaryDirectory() as folder, spawned() as process:
-        first = ours(args, folder)
+    with spawned() as process:
+        first = ours(args)
         theirs = process.submit(tutorial_loop, args.data, args.epochs).result()
-        second = ours(args, folder)
+        second = ours(args)
     seconds = (first[0] + second[0]) / 2
     return {
         "epochs": args.epochs,
