@@ -26,7 +26,7 @@ EXTENSIONS = frozenset(
     ".jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2".split()
 )
 # Named, so that a file's content can never start an interpreter (Pillow's EPS reader does).
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 EXIF_ORIENTATION = 0x0112
 

@@ -346,3 +346,14 @@ def test_a_narrow_photograph(tmp_path):
     side, grey, pixels = images.inspect_image(path, 64)
     assert (side, grey, pixels) == (100, False, None)
     assert images.read_image(path, 3, (32, 32), 0.875).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".avif", ".jp2"])
+def test_newer_formats(tmp_path, suffix):
+    """The formats that Pillow loads last are read, and a file of none of them is called that."""
+    path = tmp_path / f"red{suffix}"
+    Image.new("RGB", (40, 40), "red").save(path)
+    assert (images.read_image(path, 3)[20, 20] - np.array([255, 0, 0])).max() < 8
+    path.write_text("no picture at all")
+    with pytest.raises(images.UnreadableImage, match="not a known kind of picture"):
+        images.read_image(path, 3)
