@@ -19,12 +19,13 @@ PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),1)
 BIN := $(VENV)/bin
 # One process needs no launcher.  torchrun would set one thread with a warning, so it is set here;
 # runtime.py then gives each process its share of the cores.
+export TORCHELASTIC_SIGNALS_TO_HANDLE ?= SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 LAUNCH := $(if $(filter 1,$(PROCESSES)),$(BIN)/python,OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES))
 WEIGHTS := $(if $(RUN),--weights '$(RUN)/model.safetensors')
 FROM := $(if $(DATA),--data '$(DATA)')
 OPTIONS := $(FROM) $(if $(MODEL),--model '$(MODEL)') $(if $(RECIPE),--config '$(RECIPE)')
 
-.PHONY: help setup data train test predict tensorboard check check-all clean
+.PHONY: help setup data train test predict tensorboard reproduce check check-all clean
 
 help:
 	@echo 'make setup                     make $(VENV) and install what the commands need'
@@ -35,6 +36,7 @@ help:
 	@echo 'make test                      measure the newest model on the test pictures   [RUN= DATA= ARGS=]'
 	@echo 'make predict IMAGE=img.png     name what is in pictures   [RUN= ARGS=]'
 	@echo 'make tensorboard               look at the curves of all runs'
+	@echo 'make reproduce RUN=runs/name   train the newest (or that) run again, and compare the bits   [ARGS=]'
 	@echo 'make check                     unit tests of this code (ruff + pytest); check-all: the slow ones too'
 	@echo 'make clean                     remove the environment and caches, but no data and no run'
 
@@ -65,6 +67,9 @@ predict: setup
 
 tensorboard: setup
 	$(BIN)/tensorboard --logdir '$(or $(RUN),runs)' $(ARGS)
+
+reproduce: setup
+	$(BIN)/python scripts/reproduce.py $(if $(RUN),'$(RUN)/model.safetensors') $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

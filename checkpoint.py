@@ -1,21 +1,24 @@
-"""model.safetensors: the weights and, in its header, all that is needed to use them.
+"""What a run leaves on disk: model.safetensors, and the checkpoints that it can go on from.
 
-`save()` and `load_model()` are the only way in and out.  Nothing is executed on loading, and no
-other file is needed.  `atomic_write()` is how every file but TensorBoard's gets its final name.
+model.safetensors holds the weights and, in its header, all that is needed to use them: `encode()`
+and `load_model()` are the only way in and out.  A checkpoint is a folder that holds the whole state
+of a training run.  Both are safetensors and JSON: nothing is executed on loading, and whatever was
+damaged or cut off is found out.  `atomic_write()` is how every file but TensorBoard's gets its
+final name.
 """
 
 import hashlib
-import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-import options
 from model import create_model
 from options import UserError
 from transforms import Prepare
@@ -32,10 +35,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     """
     aside = path.parent / f".{path.name}.{os.getpid()}"
     try:
-        with open(aside, "wb") as file:
-            file.write(data.encode(errors="surrogateescape") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write(aside, data.encode(errors="surrogateescape") if isinstance(data, str) else data)
         os.replace(aside, path)
         _sync_folder(path.parent)
     except BaseException as error:  # Ctrl-C too leaves nothing behind
@@ -43,6 +43,14 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file down to the disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -61,32 +69,34 @@ def digest(tensors: dict[str, Tensor]) -> str:
     """
     sha = hashlib.sha256()
     for _, tensor in sorted(tensors.items()):
-        sha.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
 
 
-def save(path: Path, state: dict[str, Tensor], header: dict) -> None:
-    """Write a model's state_dict and its header; see load() for the header's keys."""
-    # safetensors refuses channels_last and shared memory.
-    tensors = {
-        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, t in state.items()
-    }
+def _plain(tensor: Tensor) -> Tensor:
+    """A copy that safetensors takes: it refuses channels_last and shared memory."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def encode(state: dict[str, Tensor], header: dict) -> bytes:
+    """A weights file of a model's state_dict and its header; see load() for the header's keys."""
+    tensors = {name: _plain(tensor) for name, tensor in state.items()}
     header = {"format": FORMAT, "version": VERSION, **header, "sha256": digest(tensors)}
     metadata = {k: v if k in TEXT else json.dumps(v, ensure_ascii=False) for k, v in header.items()}
-    atomic_write(path, to_bytes(tensors, metadata))
+    return to_bytes(tensors, metadata)
 
 
-def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors (on the CPU) and the header of a weights file.
+def read_header(path: str | Path) -> dict:
+    """The header of a weights file alone.
 
-    The header's keys: model, model_args (of create_model), stem (how it was changed for small
-    pictures), classes (names, in the order of the outputs), channels, image_size (height and width
-    that pictures are read at), crop (share of a picture that a centre crop keeps), input_size (what
-    the network is fed), mean, std (0..1 scale), data, data_sha256, epoch, validation, versions,
-    options, sha256 (of the tensors).
+    model, model_args (of create_model), stem (how it was changed for small pictures), classes
+    (names, in the order of the outputs), channels, image_size (height and width that pictures are
+    read at), crop (share of a picture that a centre crop keeps), input_size (what the network is
+    fed), mean, std (0..1 scale), data, data_sha256, epoch, validation, digests ([step, sha256 of
+    the weights] of every epoch so far), options, versions, device, precision, threads, processes,
+    sha256 (of the tensors).
 
-    Errors: UserError for a file that is missing, cut off, altered or not one of ours.
+    Errors: UserError for a file that is missing, cut off or not one of ours.
     """
     path = Path(path)
     if not path.is_file():
@@ -94,7 +104,6 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from error
     if header.get("format") != FORMAT:
@@ -104,9 +113,18 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             f"{path}: format version {header.get('version')}, this code reads version {VERSION}"
         )
     try:
-        header = {k: v if k in TEXT else json.loads(v) for k, v in header.items()}
+        return {k: v if k in TEXT else json.loads(v) for k, v in header.items()}
     except ValueError as error:
         raise UserError(f"{path}: its header is damaged ({error})") from error
+
+
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors (on the CPU) and the header of a weights file, see read_header().
+
+    Errors: UserError, as there and for weights that were altered.
+    """
+    header = read_header(path)
+    tensors = load_file(path)
     if digest(tensors) != header.get("sha256"):
         raise UserError(f"{path}: the weights are not those that were saved (damaged or altered)")
     return tensors, header
@@ -128,40 +146,116 @@ def load_model(path: str | Path) -> tuple[nn.Module, Prepare, dict]:
     return model.eval().to(memory_format=torch.channels_last), prepare, header
 
 
-def new_run(folder: str | Path) -> Path:
-    """Make a run's folder, or the first free one of folder-2, folder-3, … where it has content.
+def save_checkpoint(
+    folder: Path, step: int, state: dict, weights: bytes | None = None, before: Path | None = None
+) -> Path:
+    """Write folder/<number>-step-<step>/ and only then remove all older ones but `before`.
 
-    Errors: UserError where it cannot be made.
+    state: dicts, lists, tensors, numbers, strings and None, nested at will (tuples come back as
+    lists).  weights: a weights file to keep with it.  The folder gets its name when everything in
+    it is on the disk; a crash at any moment leaves what was there, and a folder to be ignored.
+
+    Errors: OSError naming the folder; then the earlier ones are as they were.
     """
-    for number in itertools.count(1):
-        run = Path(folder) if number == 1 else Path(f"{folder}-{number}")
-        try:
-            run.mkdir(parents=True)
-            return run
-        except FileExistsError as error:
-            if not run.is_dir():
-                raise UserError(f"--output {run} is a file: name a folder") from error
-            if not os.access(run, os.R_OK | os.W_OK | os.X_OK):
-                raise UserError(f"--output {run}: no permission; name another folder") from error
-            if not any(run.iterdir()):
-                return run
-        except OSError as error:
-            raise UserError(
-                f"--output {run}: cannot be written ({error.strerror}); name another folder"
-            ) from error
-
-
-def point_latest(run: Path) -> None:
-    """Make runs/latest name this run."""
-    options.RUNS.mkdir(exist_ok=True)
-    aside = options.RUNS / f".latest.{os.getpid()}"
-    aside.symlink_to(os.path.relpath(run, options.RUNS))
-    os.replace(aside, options.RUNS / "latest")
-
-
-def latest_weights() -> Path:
-    """The newest run's weights file.  Errors: UserError where nothing has been trained yet."""
-    path = options.RUNS / "latest" / "model.safetensors"
-    if not path.is_file():
-        raise UserError(f"no weights in {options.RUNS}: run `make train`, or give --weights FILE")
+    tensors = {}
+    skeleton = _take_apart(state, tensors, "state")
+    files = {"state.safetensors": to_bytes(tensors), "state.json": json.dumps(skeleton).encode()}
+    if weights is not None:
+        files["model.safetensors"] = weights
+    sums = {name: [len(data), hashlib.sha256(data).hexdigest()] for name, data in files.items()}
+    manifest = {"format": f"{FORMAT}-checkpoint", "version": VERSION, "files": sums}
+    number = 1 + max((_number(old) for old in _saved(folder)), default=0)
+    path = folder / f"{number:06d}-step-{step}"
+    aside = folder / f".{path.name}"
+    try:
+        if not folder.is_dir():
+            folder.mkdir()
+            _sync_folder(folder.parent)
+        shutil.rmtree(aside, ignore_errors=True)  # of a crash
+        aside.mkdir()
+        for name, data in files.items():
+            _write(aside / name, data)
+        _write(aside / "manifest.json", json.dumps(manifest, indent=1).encode())
+        _sync_folder(aside)
+        os.rename(aside, path)
+        _sync_folder(folder)
+    except BaseException as error:  # Ctrl-C too leaves nothing behind, and a full disk its room
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    for old in folder.iterdir():
+        if old not in (path, before):
+            shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest valid checkpoint in a folder, if any, and a line about each damaged newer one."""
+    notes = []
+    for path in sorted(_saved(folder), key=_number, reverse=True):
+        fault = _fault(path)
+        if not fault:
+            return path, notes
+        notes.append(f"{path} is damaged ({fault}) and left alone")
+    return None, notes
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The state that save_checkpoint() was given, tensors on the CPU, of a valid checkpoint."""
+    tensors = load_file(path / "state.safetensors")
+    return _put_together(json.loads((path / "state.json").read_text()), tensors)
+
+
+def _saved(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*-step-*") if path.name[:1].isdigit()]
+
+
+def _number(path: Path) -> int:
+    return int(path.name.split("-")[0])
+
+
+def _fault(path: Path) -> str:
+    """What is wrong with a checkpoint, '' if nothing is."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["version"] != VERSION:
+            return f"format version {manifest['version']}, this code reads {VERSION}"
+        for name, (size, sha256) in manifest["files"].items():
+            data = (path / name).read_bytes()
+            if len(data) != size:
+                return f"{name} has {len(data)} of {size} bytes"
+            if hashlib.sha256(data).hexdigest() != sha256:
+                return f"{name} was altered"
+        return "" if "state.json" in manifest["files"] else "no state.json in its manifest"
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json was altered"
+
+
+def _take_apart(tree, tensors: dict[str, Tensor], name: str):
+    """The tree as JSON can hold it; its tensors are moved to `tensors`, under their paths.
+
+    Dicts become lists of pairs, for the keys of JSON's objects are strings only.
+    """
+    if isinstance(tree, Tensor):
+        assert name not in tensors, name
+        tensors[name] = _plain(tree)
+        return {"tensor": name}
+    if isinstance(tree, dict):
+        return {"dict": [[k, _take_apart(v, tensors, f"{name}/{k}")] for k, v in tree.items()]}
+    if isinstance(tree, list | tuple):
+        return [_take_apart(v, tensors, f"{name}/{i}") for i, v in enumerate(tree)]
+    return tree
+
+
+def _put_together(tree, tensors: dict[str, Tensor]):
+    """The inverse of _take_apart()."""
+    if isinstance(tree, list):
+        return [_put_together(value, tensors) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "tensor" in tree:
+        return tensors[tree["tensor"]]
+    return {key: _put_together(value, tensors) for key, value in tree["dict"]}

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import images as pictures
 import options
 import sources
+from interrupts import ignore_signals
 from options import OutsideError, UserError, nearest
 from transforms import AUGMENTATIONS, uniform
 
@@ -77,6 +78,7 @@ class Data:
             sampler=Batches(len(part), batch_size, seed, rank, world),
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # every iter() draws from it: leave the global one alone
         )
@@ -116,14 +118,16 @@ class Batches(Sampler):
     """The part of every batch that is one process's: (epoch, [index, …]).
 
     A batch holds the same pictures in the same order on any number of processes.  Set `epoch`
-    before iterating; with a seed every epoch has an order of its own.  While training, a last batch
-    that would leave one picture to a process is dropped (batch norm cannot train on one).
+    before iterating, and `start` to begin with a later batch than the first; with a seed every
+    epoch has an order of its own.  While training, a last batch that would leave one picture to a
+    process is dropped (batch norm cannot train on one).
     """
 
     def __init__(self, count, batch_size, seed=None, rank=0, world=1):
         self.total = self.count = count
         self.batch_size, self.seed = batch_size, seed
-        self.rank, self.world, self.epoch = rank, world, 0
+        self.rank, self.world = rank, world
+        self.epoch = self.start = 0
         tail = count % batch_size
         if seed is not None and tail // world < min(2, batch_size // world) and count > batch_size:
             self.count -= tail
@@ -140,7 +144,7 @@ class Batches(Sampler):
         if self.seed is not None:
             generator = generator_for(self.seed, self.epoch)
             order = torch.randperm(self.total, generator=generator)[: self.count]
-        for batch in order.split(self.batch_size):
+        for batch in order.split(self.batch_size)[self.start :]:
             mine = batch[self.rank :: self.world].tolist()
             if mine:
                 yield self.epoch, mine

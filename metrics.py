@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from dataset import on_device
+from interrupts import Interrupts
 from transforms import Prepare
 
 COLUMNS = ("index", "label", "predicted", "in_top5", "probability", "loss")
@@ -14,17 +15,25 @@ COLUMNS = ("index", "label", "predicted", "in_top5", "probability", "loss")
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: DataLoader, prepare: Prepare, accelerator: Accelerator
-) -> Tensor:
+    model: nn.Module,
+    loader: DataLoader,
+    prepare: Prepare,
+    accelerator: Accelerator,
+    interrupts: Interrupts | None = None,
+) -> Tensor | None:
     """One row per picture of a split, float64 [N, 6] as COLUMNS says, in the split's order.
 
     Every process gets all rows, however the pictures were divided: each picture counts once.
     in_top5 is 0 or 1 (with fewer than 5 classes: among all of them); probability is that of the
     predicted class; loss is the cross-entropy.  Leaves the model in evaluation mode.
+
+    None where a signal, which `interrupts` waits for, asks any process to stop.
     """
     model.eval()
     parts = [torch.empty(0, len(COLUMNS), device=accelerator.device)]
     for images, labels, index in on_device(loader, accelerator.device):
+        if interrupts and interrupts.asked:
+            break
         with accelerator.autocast():
             logits = model(prepare(images))
         logits = logits.float()  # [B, classes]
@@ -33,6 +42,10 @@ def evaluate(
         loss = F.cross_entropy(logits, labels, reduction="none")
         # float32 holds an index exactly up to 16.7 million pictures; nothing here waits for a GPU.
         parts.append(torch.stack([index, labels, predicted, in_top5, probability, loss], 1))
+    if interrupts:
+        interrupts.agree(wait=True)
+        if interrupts.stop:
+            return None
     rows = accelerator.pad_across_processes(torch.cat(parts), pad_index=-1)
     rows = accelerator.gather(rows).cpu().double()
     rows = rows[rows[:, 0] >= 0]

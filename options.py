@@ -179,11 +179,16 @@ def config_words(parser: Parser, path: Path) -> list[str]:
 BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
 
 
-def as_yaml(args: argparse.Namespace) -> str:
-    """The options of a run as a file that --config reads back."""
+def stored(args: argparse.Namespace) -> dict:
+    """The options that a run is told by, where they came from left out."""
+    return {key: value for key, value in vars(args).items() if key not in ("config", "resume")}
+
+
+def as_yaml(values: dict) -> str:
+    """A run's stored() options as a file that --config reads back."""
     import yaml
 
-    entries = {k.replace("_", "-"): v for k, v in vars(args).items() if k != "config"}
+    entries = {key.replace("_", "-"): value for key, value in values.items()}
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
 
 
@@ -206,6 +211,20 @@ def number(kind, least, most=float("inf"), above=False):
     return convert
 
 
+def duration(text: str) -> float:
+    """Seconds of '90s', '5m' or '2h', as an argparse type."""
+    amount, unit = text[:-1], {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    if not unit:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time like 90s, 5m or 2h")
+    return number(float, 0, above=True)(amount) * unit
+
+
+def interval(text: str) -> str:
+    """An argparse type: a number of steps, or a duration(); as it was written."""
+    number(int, 1)(text) if text.isdecimal() else duration(text)
+    return text
+
+
 def add_weights_option(parser: Parser) -> None:
     """Which weights to use."""
     help = "a model.safetensors (default: the newest run's)"
@@ -219,6 +238,8 @@ def add_running_options(parser: Parser) -> None:
     add("--precision", choices=["auto", "no", "fp16", "bf16"], default="auto", help=help)
     help = "processes that decode photographs (default: as many as cores, at most 8)"
     add("--workers", metavar="N", type=number(int, 0), help=help)
+    help = "of a process (default: its share of the cores); another number gives other last bits"
+    add("--threads", metavar="N", type=number(int, 1), help=help)
     help = "leave out picture files that cannot be read, instead of stopping with their list"
     flag = argparse.BooleanOptionalAction
     add("--skip-broken", action=flag, default=False, help=help)

@@ -16,12 +16,14 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from joblib import cpu_count  # knows of affinity and of container quotas
 
+from interrupts import name_the_lost
 from options import UserError
 
 
-def launch() -> PartialState:
+def launch(threads: int | None = None) -> PartialState:
     """Join the other processes of this run, if any, and take this one's share of the cores.
 
+    threads: of this process; None: as many as the user's OMP_NUM_THREADS or its share says.
     Errors: UserError where the launcher started processes that do not find each other.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -35,10 +37,14 @@ def launch() -> PartialState:
             f"{world} processes were launched, but this one sees {state.num_processes}: on a CPU "
             "start them with `make train PROCESSES=N`"
         )
+    if world > 1:
+        name_the_lost(state.process_index)
     keep_freed_memory()
     launched = any(k in os.environ for k in ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"))
-    threads = os.environ.get("OMP_NUM_THREADS")
-    if threads is None or (launched and threads == "1"):  # launchers set 1 and waste the others
+    set_already = os.environ.get("OMP_NUM_THREADS")
+    if threads:
+        torch.set_num_threads(threads)
+    elif set_already is None or (launched and set_already == "1"):  # 1: launchers waste the others
         torch.set_num_threads(cores())
     return state
 
@@ -76,10 +82,28 @@ def main_first(state: PartialState, work):
     return result if state.is_main_process else work()
 
 
-def versions() -> dict[str, str]:
-    """Of what has a say in the bits of a result."""
+def circumstances(precision: str) -> dict:
+    """What else than the options has a say in the last bits of a result."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
     found = {name: version(name) for name in ("torch", "torchvision", "accelerate", "timm")}
-    return {"python": platform.python_version(), **found}
+    return {
+        "versions": {"python": platform.python_version(), **found},
+        "device": device,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "processes": PartialState().num_processes,
+    }
+
+
+def compute_deterministically() -> None:
+    """Have a GPU take the same bits' way every time; before anything has run on it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing reads it
+    torch.backends.cudnn.benchmark = False
 
 
 def keep_freed_memory() -> None:
@@ -154,7 +178,10 @@ def cpu_has_bf16() -> bool:
 
 
 def sync_buffers(model: torch.nn.Module, accelerator: Accelerator) -> None:
-    """Average batch-norm statistics over the processes: each has seen its own pictures only."""
+    """Average batch-norm statistics over the processes: each has seen its own pictures only.
+
+    In double precision, which leaves equal ones as they are.
+    """
     for buffer in model.buffers():
         if accelerator.num_processes > 1 and buffer.is_floating_point():
-            buffer.copy_(accelerator.reduce(buffer, "mean"))
+            buffer.copy_(accelerator.reduce(buffer.double(), "mean"))

@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 
 import _root  # noqa: F401
-import checkpoint
 import dataset
 import options
+import run_folder
 import runtime
 from options import ROOT, UserError, number
 
@@ -90,11 +90,12 @@ def tutorial_loop(name: str, epochs: int) -> tuple[float, float]:
 
 def ours(args) -> tuple[float, float]:
     """train.py and test.py as commands, a run in runs/: seconds of training, and test accuracy."""
-    words = ["--data", args.data, "--config", "tutorial", "--epochs", str(args.epochs)]
+    words = ["--data", args.data, "--config", "tutorial", "--no-resume"]
+    words += ["--epochs", str(args.epochs)]
     for script, rest in (("train.py", words), ("test.py", [])):
         command = [sys.executable, str(ROOT / "scripts" / script), *rest]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    run = checkpoint.latest_weights().parent
+    run = run_folder.latest_weights().parent
     summary = json.loads((run / "metrics.json").read_text())["summary"]
     return summary["train_seconds"], json.loads((run / "report/metrics.json").read_text())["top1"]
 
@@ -175,7 +176,7 @@ def bench_photos(args) -> dict:
 
 def bench_predict(args) -> dict:
     """Whole processes, in turn: predict.py on one picture of the newest run, and `import torch`."""
-    run = checkpoint.latest_weights().parent
+    run = run_folder.latest_weights().parent
     samples = sorted((run / "samples").glob("*.png"))
     if not samples:
         raise UserError(f"{run} has no samples: run `make test` first")

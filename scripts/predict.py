@@ -19,6 +19,7 @@ import _root  # noqa: F401
 import checkpoint
 import images as pictures
 import options
+import run_folder
 from options import UserError, number
 
 BATCH = 64  # pictures
@@ -77,7 +78,7 @@ def predict(model, prepare, header: dict, files: list[str]):
 def main(argv=None) -> int:
     args = options.parse(build_parser(), argv)
     files = find(args.images)
-    model, prepare, header = checkpoint.load_model(args.weights or checkpoint.latest_weights())
+    model, prepare, header = checkpoint.load_model(args.weights or run_folder.latest_weights())
     classes = header["classes"]
     top = min(args.top, len(classes))
     rows = csv.writer(sys.stdout, lineterminator="\n")

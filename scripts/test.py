@@ -20,6 +20,7 @@ import checkpoint
 import dataset
 import images as pictures
 import options
+import run_folder
 from checkpoint import atomic_write
 from options import UserError, number
 
@@ -126,7 +127,7 @@ def report(args, weights: Path, header: dict, data: dataset.Data, split: str, ro
 
 def main(argv=None):
     args = options.parse(build_parser(), argv)
-    weights = Path(args.weights) if args.weights else checkpoint.latest_weights()
+    weights = Path(args.weights) if args.weights else run_folder.latest_weights()
     model, prepare, header = checkpoint.load_model(weights)
     # These take seconds to import, which mistakes need not wait for.
     import runtime

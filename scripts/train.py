@@ -7,16 +7,19 @@
     accelerate launch scripts/train.py              the same on what Accelerate is configured for
 
 A data set's recipe (recipes/*.yaml) supplies the defaults; an option given replaces only itself;
---model or --config drops the recipe.
+--model or --config drops the recipe.  A run that was interrupted goes on with the same command, to
+the same weights, bit for bit.
 """
 
 import argparse
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.nn import functional as F
@@ -26,11 +29,15 @@ import _root  # noqa: F401
 import checkpoint
 import dataset
 import options
+import run_folder
 from dataset import on_device
 from images import draw_grid
 from model import create_model, network_defaults
-from options import UserError, number
+from options import OutsideError, UserError, interval, number
 from transforms import AUGMENTATIONS, Prepare, augment, channel_statistics
+
+# Options that change no bit of the weights: an interrupted run may go on with others.
+FREE = {"output", "workers", "log_every", "save_every", "save_every_epoch"}
 
 
 def build_parser() -> options.Parser:
@@ -73,11 +80,19 @@ def build_parser() -> options.Parser:
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help=help)
 
     options.add_running_options(parser)
+    help = "have a GPU compute the same bits every time, as a CPU does: slower"
+    add("--deterministic", action=flag, default=False, help=help)
 
     add = parser.add_argument_group("output").add_argument
     add("--output", metavar="DIR", help="run folder (default: runs/<data>-<model>)")
     help = "keep each epoch's weights, in epochs/"
     add("--save-every-epoch", action=flag, default=False, help=help)
+    help = "steps (500) or time (90s, 5m, 2h) between checkpoints; each epoch ends with one too"
+    add("--save-every", metavar="N", type=interval, default="5m", help=help)
+    help = "go on with this run, with its options (default: the unfinished run with these options)"
+    add("--resume", metavar="RUN", help=help)
+    help = "begin a new run"
+    add("--no-resume", dest="resume", action="store_const", const=False, help=help)
     help = "steps between two points of the loss curve"
     add("--log-every", metavar="STEPS", type=count, default=50, help=help)
     return parser
@@ -95,6 +110,18 @@ def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:
 def run_name(args) -> str:
     """The name of a run's folder below runs/."""
     return f"{Path(args.data).resolve().name}-{args.model.replace('/', '-')}"
+
+
+def differences(parser, run: Path, args) -> str:
+    """How the options of a run differ from these in what its weights depend on, in words."""
+    try:
+        before = options.stored(options.parse(parser, ["--config", run / "options.yaml"]))
+    except UserError:
+        return "its options.yaml cannot be read"
+    changed = [k for k, v in options.stored(args).items() if k not in FREE and before[k] != v]
+    return ", ".join(
+        f"--{k.replace('_', '-')} was {before[k]}, now {getattr(args, k)}" for k in changed
+    )
 
 
 def describe(record: dict, epochs: int, left: float) -> str:
@@ -146,20 +173,76 @@ def introduce(args, data, model, accelerator) -> str:
     return "\n".join(lines)
 
 
+def trouble(loss: float, at, lr: float, gradient: tuple, run: Path) -> str:
+    """What is said of a loss that is not a number or infinite."""
+    layer, norm, step = gradient
+    kept = f"the weights of epoch {at.best['epoch']} are in {run}" if at.best else "none are kept"
+    return (
+        f"the loss is {loss} in epoch {at.epoch + 1} at step {at.step}, lr {lr:.2g}; the largest "
+        f"gradient was that of {layer}, {norm:.2g} at step {step}: lower --lr, or give --clip; "
+        f"{kept}"
+    )
+
+
+def largest_gradient(model: torch.nn.Module, step: int, before: tuple | None) -> tuple:
+    """The parameter with the largest gradient, its norm and the step; the last that was finite."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norms = torch.stack([g.norm() for g in gradients.values()]).nan_to_num(nan=math.inf)
+    largest = norms.max().item()
+    if before and math.isinf(largest):
+        return before
+    return list(gradients)[norms.argmax()], largest, step
+
+
+@contextlib.contextmanager
+def memory_advice(args):
+    """Say what to try where a GPU's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutsideError(
+            f"out of GPU memory with --batch-size {args.batch_size} --accumulate "
+            f"{args.accumulate}: try --accumulate {2 * args.accumulate}, which gives the same "
+            f"result, or --batch-size {max(1, args.batch_size // 2)}"
+        ) from error
+
+
+def restore(saved: dict, model, optimizer, accelerator) -> None:
+    """Put a checkpoint's state into a prepared model and optimizer."""
+    rank, plain = accelerator.process_index, accelerator.unwrap_model(model)
+    plain.load_state_dict(saved["model"])
+    own = saved["buffers"][rank % len(saved["buffers"])]  # batch norm's, of this process
+    for name, buffer in plain.named_buffers():
+        buffer.copy_(own[name])
+    optimizer.load_state_dict(saved["optimizer"])
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            if torch.is_tensor(value) and value.shape == p.shape:  # channels_last, as p is
+                state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+
+
 def main(argv=None):
     # Options: the command line over the recipe of the data set.
     parser = build_parser()
     args = options.parse(parser, argv)
+    if args.resume:
+        run = run_folder.find(args.resume)
+        args = options.parse(parser, argv, recipe=run / "options.yaml")
+        if different := differences(parser, run, args):
+            raise UserError(f"--resume {run}: {different}; leave that out, or --resume")
     if args.model:
         network_defaults(args.model)  # a misspelt name ends here, before any download
     # These take seconds to import, which --help and a misspelt option need not wait for.
-    from torch.utils.tensorboard import SummaryWriter
-    from torch.utils.tensorboard.summary import hparams
+    from accelerate.utils import gather_object
 
     import runtime
+    from curves import Curves
+    from interrupts import Interrupts
     from metrics import evaluate, evaluation_batch, figures
 
-    state = runtime.launch()
+    state = runtime.launch(args.threads)
     args.data = runtime.from_main(state, lambda: dataset.choose(args.data))
     typed = args
     if not args.model and not args.config:
@@ -176,6 +259,8 @@ def main(argv=None):
         )
 
     # Accelerator.
+    if args.deterministic:
+        runtime.compute_deterministically()
     accelerator = runtime.accelerator(typed.precision, otherwise=args.precision)
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
 
@@ -223,15 +308,45 @@ def main(argv=None):
     normalised = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in plain.modules())
     if normalised and args.batch_size < 2 * world:
         raise UserError(f"--batch-size: batch norm needs 2 pictures a process, so {2 * world}")
-    torch.manual_seed(args.seed + rank)  # what dropout draws differs between processes
 
-    # The run folder, which only the first process writes, and what is said once.
-    run = runtime.from_main(
-        state, lambda: checkpoint.new_run(args.output or options.RUNS / run_name(args))
-    )
+    # The run folder: of the unfinished run with these options, or a new one.
+    def claim():
+        if args.resume:
+            return run_folder.resumed(run)
+        # Processes that torchrun has started again go on in any case.
+        wanted = args.resume is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        folder = args.output or options.RUNS / run_name(args)
+        return run_folder.claim(folder, lambda run: differences(parser, run, args), wanted)
+
+    run, newest, notes = runtime.from_main(state, claim)
+    data.notes += notes
+
+    # Where this run is: `batch` and `step` count what is done, of the epoch and of the run; losses
+    # [world, 2] are the sum of losses and the hits since they were last logged, on each process.
+    at = SimpleNamespace(epoch=0, batch=0, step=0, seconds=0.0, epoch_seconds=0.0, history=[])
+    at.sums, at.losses, at.images = torch.zeros(3), torch.zeros(world, 2), 0
+    at.best, at.best_score, best_weights, unwritten = None, None, None, {}
+    if newest:
+        saved = checkpoint.load_checkpoint(newest)
+        if saved["data_sha256"] != data.sha256:
+            raise UserError(f"{run}: the pictures have changed since; begin anew with --no-resume")
+        torch.set_num_threads(saved["circumstances"]["threads"])
+        for key, now in runtime.circumstances(accelerator.mixed_precision).items():
+            if now != (before := saved["circumstances"][key]):
+                data.notes.append(f"{key} was {before}, is {now}: the last bits may differ")
+        restore(saved, model, optimizer, accelerator)
+        at = SimpleNamespace(**saved["progress"])
+        if (newest / "model.safetensors").exists():
+            best_weights = (newest / "model.safetensors").read_bytes()
+            unwritten[run / "model.safetensors"] = best_weights
+        data.notes.append(f"{run} goes on in epoch {at.epoch + 1} after {at.batch} batches")
+    losses = at.losses[rank::world].sum(0).to(device)
+
+    # What only the first process does: write files, and TensorBoard's curves.
     if is_main:
-        checkpoint.atomic_write(run / "options.yaml", options.as_yaml(args))
-        writer = SummaryWriter(run)
+        checkpoint.atomic_write(run / "options.yaml", options.as_yaml(options.stored(args)))
+        curves = Curves(run, at.step)
+    circumstances = runtime.circumstances(accelerator.mixed_precision)
     header = {
         "model": args.model,
         "model_args": model_args,
@@ -245,133 +360,208 @@ def main(argv=None):
         "std": std,
         "data": args.data,
         "data_sha256": data.sha256,
-        "versions": runtime.versions(),
-        "threads": torch.get_num_threads(),
-        "processes": world,
-        "options": vars(args),
+        "options": options.stored(args),
+        **circumstances,
     }
     say(introduce(args, data, plain, accelerator))
 
-    step, total = 0, args.epochs * len(train_loader)
-    best, best_score, history = None, None, []
-    began = time.perf_counter()
-    for epoch in range(args.epochs):
-        # Train.  In a step nothing is read back from the device, but the loss every --log-every.
-        model.train()
-        train_loader.sampler.epoch = epoch
-        epoch_began = time.perf_counter()
-        sums = torch.zeros(3)  # loss, hits and pictures of the epoch, over all processes
-        recent, recent_images = torch.zeros(2, device=device), 0  # since they were last summed
-        batches = tqdm(
-            on_device(train_loader, device),
-            f"epoch {epoch + 1}/{args.epochs}",
-            len(train_loader),
-            leave=False,
-            disable=None if is_main else True,
-        )
-        for i, (images, labels, index) in enumerate(batches):
-            lr = args.lr * lr_factor(step, total, args.warmup, args.schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            images = augment(images, args.augment, not train.in_memory, args.seed, epoch, index)
-            if step == 0 and is_main:
-                shown = prepare.undo(prepare(images[:32])).cpu()
-                names = [data.classes[label] for label in labels[:32].tolist()]
-                writer.add_image("training_pictures", draw_grid(shown, names), step)
-            # Every picture weighs the same, in whichever part, process or short batch it is;
-            # `world` undoes the mean that Accelerate takes over the processes.
-            batch_images = train_loader.sampler.size(i)
-            weight = world / batch_images
-            parts = max(1, min(args.accumulate, len(labels) // 2))
-            for k, (x, y) in enumerate(
-                zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
-            ):
-                last = k == parts - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    logits = model(prepare(x))
-                    loss = F.cross_entropy(logits, y, reduction="sum")
-                    accelerator.backward(loss * weight)
-                with torch.no_grad():
-                    hits = (logits.argmax(1) == y).sum()
-                    recent += torch.stack([loss, hits])
-            if args.clip:
-                accelerator.clip_grad_norm_(model.parameters(), args.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            recent_images += batch_images
-            if step % args.log_every == 0 or i == len(train_loader) - 1:
-                loss, hits = accelerator.reduce(recent).tolist()
-                if not math.isfinite(loss):
-                    raise UserError(
-                        f"the loss is {loss} at epoch {epoch + 1}, step {step}, lr {lr:.2g}: lower "
-                        f"--lr or give --clip; the weights of earlier epochs are in {run}"
-                    )
-                if is_main:
-                    writer.add_scalar("train_loss", loss / recent_images, step)
-                    writer.add_scalar("learning_rate", lr, step)
-                sums += torch.tensor([loss, hits, recent_images])
-                recent, recent_images = torch.zeros_like(recent), 0
-        seconds = time.perf_counter() - epoch_began
-        record = {
-            "epoch": epoch + 1,
-            "train_loss": (sums[0] / sums[2]).item(),
-            "train_accuracy": (sums[1] / sums[2]).item(),
-            "lr": lr,
-            "images_per_second": sums[2].item() / seconds,
-            "seconds": seconds,
+    def save(last: bool = False) -> None:
+        """Write a checkpoint and what else is unwritten; only the last time may that not fail."""
+        nonlocal saved_when
+        at.losses = accelerator.gather(losses[None])
+        at.seconds = time.perf_counter() - began
+        buffers = {name: buffer.cpu() for name, buffer in plain.named_buffers()}
+        content = {
+            "progress": vars(at),
+            "model": plain.state_dict(),
+            "buffers": gather_object([buffers]) if world > 1 else [buffers],
+            "optimizer": optimizer.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            "data_sha256": data.sha256,
+            "circumstances": circumstances,
         }
 
-        # Validate.
-        runtime.sync_buffers(plain, accelerator)
-        if val:
-            result = figures(evaluate(plain, val_loader, prepare, accelerator), len(data.classes))
-            record |= {"val_loss": result["loss"], "val_accuracy": result["top1"]}
-        history.append(record)
+        def write():
+            nonlocal newest
+            curves.flush(at.step)
+            try:
+                for path in list(unwritten):
+                    path.parent.mkdir(exist_ok=True)
+                    checkpoint.atomic_write(path, unwritten[path])
+                    del unwritten[path]
+                newest = checkpoint.save_checkpoint(
+                    run / "checkpoint", at.step, content, best_weights, newest
+                )
+            except OSError as error:
+                if last:
+                    raise
+                say(f"not saved at step {at.step}, training goes on: {error}")
 
-        # Save and log.  Without validation pictures the last weights are kept, else the best.
-        # Few validation pictures often tie in accuracy: then the smaller loss decides.
-        score = (record["val_accuracy"], -record["val_loss"]) if val else (epoch,)
-        if better := best is None or score > best_score:
-            best, best_score = record, score
+        runtime.from_main(state, write)
+        saved_when = time.perf_counter()
+
+    def summarise(finished: bool) -> bytes:
+        """metrics.json so far."""
         summary = {
-            "best_epoch": best["epoch"],
-            "val_accuracy": best.get("val_accuracy"),
-            "train_seconds": sum(r["seconds"] for r in history),
+            "best_epoch": at.best["epoch"],
+            "val_accuracy": at.best.get("val_accuracy"),
+            "train_seconds": sum(record["seconds"] for record in at.history),
             "seconds": time.perf_counter() - began,
+            "finished": finished,
         }
-        if is_main:
-            header |= {"epoch": epoch + 1, "validation": record}
-            keep = [run / "model.safetensors"] if better else []
-            if args.save_every_epoch:
-                keep.append(run / "epochs" / f"epoch-{epoch + 1:03d}.safetensors")
-            for path in keep:
-                path.parent.mkdir(exist_ok=True)
-                checkpoint.save(path, plain.state_dict(), header)
-            if epoch in (0, args.epochs - 1):  # and again in case another run has begun since
-                checkpoint.point_latest(run)
-            metrics = {"epochs": history, "summary": summary}
-            checkpoint.atomic_write(run / "metrics.json", json.dumps(metrics, indent=1))
-            for key, value in record.items():
-                writer.add_scalar(f"epoch/{key}", value, epoch + 1)
-        left = (time.perf_counter() - began) / (epoch + 1) * (args.epochs - epoch - 1)
-        say(describe(record, args.epochs, left))
+        return json.dumps({"epochs": at.history, "summary": summary}, indent=1).encode()
+
+    total = args.epochs * len(train_loader)
+    save_steps = int(args.save_every) if args.save_every.isdecimal() else 0
+    save_seconds = 0 if save_steps else options.duration(args.save_every)
+    gradient = None
+    saved_when = time.perf_counter()
+    began = saved_when - at.seconds
+    with Interrupts(world) as interrupts, memory_advice(args):
+        while at.epoch < args.epochs:
+            # Train.  In a step nothing is read back from the device, but the loss at times: every
+            # --log-every, and in the first steps, where a learning rate that is too high shows.
+            model.train()
+            train_loader.sampler.epoch, train_loader.sampler.start = at.epoch, at.batch
+            epoch_began = time.perf_counter() - at.epoch_seconds
+            batches = tqdm(
+                on_device(train_loader, device),
+                f"epoch {at.epoch + 1}/{args.epochs}",
+                len(train_loader),
+                leave=False,
+                initial=at.batch,
+                disable=None if is_main else True,
+            )
+            for images, labels, index in batches:
+                # What dropout draws depends on the step and the process, and on nothing before.
+                torch.manual_seed(((args.seed * 1_000_003 + at.step) * world + rank) % 2**63)
+                lr = args.lr * lr_factor(at.step, total, args.warmup, args.schedule)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                images = augment(
+                    images, args.augment, not train.in_memory, args.seed, at.epoch, index
+                )
+                if at.step == 0 and is_main:
+                    shown = prepare.undo(prepare(images[:32])).cpu()
+                    names = [data.classes[label] for label in labels[:32].tolist()]
+                    curves.add("image", "training_pictures", draw_grid(shown, names), at.step)
+                # Every picture weighs the same, in whichever part, process or short batch it is;
+                # `world` undoes the mean that Accelerate takes over the processes.
+                batch_images = train_loader.sampler.size(at.batch)
+                weight = world / batch_images
+                parts = max(1, min(args.accumulate, len(labels) // 2))
+                for k, (x, y) in enumerate(
+                    zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+                ):
+                    last = k == parts - 1
+                    with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                        logits = model(prepare(x))
+                        loss = F.cross_entropy(logits, y, reduction="sum")
+                        accelerator.backward(loss * weight)
+                    with torch.no_grad():
+                        hits = (logits.argmax(1) == y).sum()
+                        losses += torch.stack([loss, hits])
+                if args.clip:
+                    accelerator.clip_grad_norm_(model.parameters(), args.clip)
+                look = at.step < args.log_every or (at.step + 1) % args.log_every == 0
+                if look:
+                    gradient = largest_gradient(plain, at.step + 1, gradient)
+                optimizer.step()
+                optimizer.zero_grad()
+                at.batch, at.step, at.images = at.batch + 1, at.step + 1, at.images + batch_images
+                at.epoch_seconds = time.perf_counter() - epoch_began
+
+                is_due = (
+                    at.step % save_steps == 0
+                    if save_steps
+                    else is_main and time.perf_counter() - saved_when > save_seconds
+                )
+                is_due = interrupts.agree(is_due)
+                ends = at.batch == len(train_loader)
+                if look or ends or is_due or interrupts.stop:
+                    loss, hits = accelerator.reduce(losses).tolist()
+                    if not math.isfinite(loss):
+                        raise UserError(trouble(loss, at, lr, gradient, run))
+                if at.step % args.log_every == 0 or ends:
+                    if is_main:
+                        curves.add("scalar", "train_loss", loss / at.images, at.step)
+                        curves.add("scalar", "learning_rate", lr, at.step)
+                    at.sums += torch.tensor([loss, hits, at.images])
+                    losses.zero_()
+                    at.images = 0
+                if interrupts.stop:
+                    break
+                if is_due and not ends:
+                    save()
+
+            # Validate.
+            rows = None
+            if not interrupts.stop:
+                runtime.sync_buffers(plain, accelerator)
+                rows = evaluate(plain, val_loader, prepare, accelerator, interrupts) if val else ()
+            if rows is None:
+                save(last=True)
+                break
+            record = {
+                "epoch": at.epoch + 1,
+                "step": at.step,
+                "train_loss": (at.sums[0] / at.sums[2]).item(),
+                "train_accuracy": (at.sums[1] / at.sums[2]).item(),
+                "lr": args.lr * lr_factor(at.step - 1, total, args.warmup, args.schedule),
+                "images_per_second": at.sums[2].item() / at.epoch_seconds,
+                "seconds": at.epoch_seconds,
+                "weights_sha256": checkpoint.digest(plain.state_dict()),
+            }
+            if val:
+                result = figures(rows, len(data.classes))
+                record |= {"val_loss": result["loss"], "val_accuracy": result["top1"]}
+            at.history.append(record)
+
+            # Save and log.  Without validation pictures the last weights are kept, else the best.
+            # Few validation pictures often tie in accuracy: then the smaller loss decides.
+            score = [record["val_accuracy"], -record["val_loss"]] if val else [at.epoch]
+            if better := at.best is None or score > at.best_score:
+                at.best, at.best_score = record, score
+            at.epoch, at.batch, at.epoch_seconds = at.epoch + 1, 0, 0.0
+            at.sums.zero_()
+            if is_main:
+                digests = [[r["step"], r["weights_sha256"]] for r in at.history]
+                header |= {"epoch": at.epoch, "validation": record, "digests": digests}
+                weights = checkpoint.encode(plain.state_dict(), header)
+                if better:
+                    best_weights = unwritten[run / "model.safetensors"] = weights
+                if args.save_every_epoch:
+                    unwritten[run / "epochs" / f"epoch-{at.epoch:03d}.safetensors"] = weights
+                unwritten[run / "metrics.json"] = summarise(finished=False)
+                for key, value in record.items():
+                    if key not in ("step", "weights_sha256"):
+                        curves.add("scalar", f"epoch/{key}", value, at.step)
+            save(last=at.epoch == args.epochs)
+            if is_main:
+                run_folder.point_latest(run)
+            left = at.seconds / at.step * (total - at.step)
+            say(describe(record, args.epochs, left))
 
     # Where the weights are, and which command comes next.
+    if is_main and not interrupts.stop:
+        checkpoint.atomic_write(run / "metrics.json", summarise(finished=True))
+        results = {f"result/{k}": v for k, v in at.best.items() if k[:4] in ("trai", "val_")}
+        curves.add_hparams(options.stored(args), results, at.step)
+        reached = f", validation accuracy {at.best['val_accuracy']:.2%}" if val else ""
+        weights = run / "model.safetensors"
+        print(f"weights of epoch {at.best['epoch']}{reached}: {weights}")
+        print(f"training took {sum(record['seconds'] for record in at.history):.1f} s")
+        print(f"next: {options.command('test.py', '--weights', weights)}")
+    elif is_main:
+        print(
+            f"stopped in epoch {at.epoch + 1} after {at.batch} of {len(train_loader)} batches, and "
+            f"saved: the same command goes on, or --resume {run}"
+        )
     if is_main:
-        results = {f"result/{k}": v for k, v in best.items() if k.startswith(("train_", "val_"))}
-        flat = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(args).items()}
-        for part in hparams(flat, results):  # the writer's own call makes a folder of its own
-            writer.file_writer.add_summary(part)
-        for key, value in results.items():
-            writer.add_scalar(key, value)
-        writer.close()
-        reached = f", validation accuracy {best['val_accuracy']:.2%}" if val else ""
-        print(f"weights of epoch {best['epoch']}{reached}: {run / 'model.safetensors'}")
-        print(f"training took {summary['train_seconds']:.1f} s")
-        print(f"next: {options.command('test.py', '--weights', run / 'model.safetensors')}")
+        curves.close()
     accelerator.wait_for_everyone()  # without it gloo now and then aborts while shutting down
     accelerator.end_training()
+    return interrupts.stop
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ import timm
 import torch
 from torch import nn
 
-import checkpoint
-import options
-from checkpoint import atomic_write, digest, load, load_model, save
+from checkpoint import atomic_write, digest, encode, load, load_model
 from model import create_model
 from options import UserError
 
@@ -41,7 +39,7 @@ HEADER = {
 def weights(tmp_path):
     """A weights file of a network for three classes."""
     path = tmp_path / "model.safetensors"
-    save(path, create_model("lenet", 3).state_dict(), HEADER)
+    path.write_bytes(encode(create_model("lenet", 3).state_dict(), HEADER))
     return path
 
 
@@ -59,7 +57,7 @@ def test_round_trip(tmp_path, memory_format):
     """Tensors and header are what was saved, in whatever order the memory was laid out."""
     network = create_model("resnet18", 3).to(memory_format=memory_format)
     state = network.state_dict()
-    save(tmp_path / "m.safetensors", state, HEADER)
+    (tmp_path / "m.safetensors").write_bytes(encode(state, HEADER))
     tensors, header = load(tmp_path / "m.safetensors")
     assert tensors.keys() == state.keys()
     for name, tensor in state.items():
@@ -84,7 +82,7 @@ def test_tied_weights(tmp_path):
     """A network two of whose names share one tensor is saved and loaded too."""
     tied = nn.Linear(3, 3)
     state = {"one.weight": tied.weight, "two.weight": tied.weight}
-    save(tmp_path / "m.safetensors", state, HEADER)
+    (tmp_path / "m.safetensors").write_bytes(encode(state, HEADER))
     tensors = load(tmp_path / "m.safetensors")[0]
     assert all(torch.equal(tensors[name], tied.weight) for name in state)
 
@@ -130,7 +128,7 @@ def test_incomplete_header(weights):
     """A header without what is needed to use the weights is refused."""
     for missing in ("model", "model_args", "mean", "std"):
         header = {key: value for key, value in HEADER.items() if key != missing}
-        save(weights, create_model("lenet", 3).state_dict(), header)
+        weights.write_bytes(encode(create_model("lenet", 3).state_dict(), header))
         refuse(weights)
 
 
@@ -156,7 +154,7 @@ def test_altered_header(weights):
 def test_other_number_of_classes(tmp_path):
     """Weights for ten classes under a header of three are refused."""
     path = tmp_path / "m.safetensors"
-    save(path, create_model("lenet", 10).state_dict(), HEADER)
+    path.write_bytes(encode(create_model("lenet", 10).state_dict(), HEADER))
     refuse(path, "does not fit")
 
 
@@ -165,7 +163,7 @@ def test_timm_loads_our_file(tmp_path):
     network = create_model("resnet18", 3, 3, (224, 224))
     assert network.stem_note == ""
     path = tmp_path / "model.safetensors"
-    save(path, network.state_dict(), {**HEADER, "model": "resnet18"})
+    path.write_bytes(encode(network.state_dict(), {**HEADER, "model": "resnet18"}))
     theirs = timm.create_model("resnet18", num_classes=3, checkpoint_path=str(path)).state_dict()
     ours = network.state_dict()
     assert theirs.keys() == ours.keys()
@@ -216,33 +214,3 @@ def test_atomic_write(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
     with pytest.raises(FileNotFoundError):
         atomic_write(tmp_path / "none" / "file", "")
-
-
-def test_new_run(tmp_path):
-    """A folder with content is never used again: -2, -3, … follow; an empty one is."""
-    folder = tmp_path / "runs" / "a"
-    for expected in ("a", "a-2", "a-3"):
-        run = checkpoint.new_run(folder)
-        assert run == tmp_path / "runs" / expected
-        assert checkpoint.new_run(folder) == run
-        (run / "options.yaml").touch()
-
-
-def test_no_run(tmp_path):
-    """A file where the run's folder should be, or above it, is a mistake to mend."""
-    (tmp_path / "a").touch()
-    for output in (tmp_path / "a", tmp_path / "a" / "b"):
-        with pytest.raises(UserError, match=f"--output {output}"):
-            checkpoint.new_run(output)
-
-
-def test_latest(tmp_path):
-    """runs/latest names the newest run, wherever it lies; before the first there is a remedy."""
-    with pytest.raises(UserError, match="make train"):
-        checkpoint.latest_weights()
-    for run in (options.RUNS / "a", tmp_path / "elsewhere" / "b", options.RUNS / "a"):
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "model.safetensors").touch()
-        checkpoint.point_latest(run)
-        assert checkpoint.latest_weights().resolve() == run / "model.safetensors"
-    assert sorted(os.listdir(options.RUNS)) == ["a", "latest"]

@@ -114,7 +114,7 @@ def test_command_line_wins(config, tmp_path, monkeypatch):
 def test_saved_options(config, words):
     """The options that a run stores give the same options when they are read back."""
     args = parse(train.build_parser(), words)
-    again = config(options.as_yaml(args))
+    again = config(options.as_yaml(options.stored(args)))
     assert vars(again) == {**vars(args), "config": str(config.path)}
 
 

@@ -122,9 +122,12 @@ def test_launched_on_a_cpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(runtime, "PartialState", lambda **_: SimpleNamespace(num_processes=2))
+    state = SimpleNamespace(num_processes=2, process_index=1)
+    monkeypatch.setattr(runtime, "PartialState", lambda **_: state)
+    watched = []
+    monkeypatch.setattr(runtime, "name_the_lost", watched.append)
     runtime.launch()
-    assert os.environ["ACCELERATE_USE_CPU"] == "true"
+    assert os.environ["ACCELERATE_USE_CPU"] == "true" and watched == [1]
 
 
 def test_workers(monkeypatch):
@@ -139,9 +142,13 @@ def test_from_main():
     assert runtime.from_main(PartialState(), lambda: {"a": 1}) == {"a": 1}
 
 
-def test_versions():
-    """Stored versions are those that are running."""
-    assert torch.__version__.startswith(runtime.versions()["torch"])
+def test_circumstances():
+    """What is stored of versions, threads and processes is what is running."""
+    found = runtime.circumstances("bf16")
+    assert torch.__version__.startswith(found["versions"]["torch"])
+    assert found["precision"] == "bf16" and found["processes"] == 1
+    torch.set_num_threads(5)
+    assert runtime.circumstances("no")["threads"] == 5
 
 
 def test_sync_buffers():
@@ -152,6 +159,7 @@ def test_sync_buffers():
 
     def reduce(tensor, how):
         calls.append(how)
+        assert tensor.dtype == torch.float64  # equal statistics must stay equal
         return tensor / 2
 
     runtime.sync_buffers(norm, SimpleNamespace(num_processes=1, reduce=reduce))

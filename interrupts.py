@@ -1,0 +1,108 @@
+"""Signals and lost processes: how training is stopped without losing a step.
+
+With several processes a decision is taken by all of them at the same step, and when one of them
+dies the others say which, instead of waiting for it.
+"""
+
+import os
+import platform
+import signal
+import sys
+import time
+
+import torch
+from torch import distributed
+
+# Exit statuses.  SIGUSR1 is what schedulers send ahead of taking the machine away.
+STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+
+
+class Interrupts:
+    """Within `with Interrupts(world) as interrupts`, signals wait until the loop asks for them.
+
+    asked: the exit status that a signal has asked this process for, 0 before the first.
+    stop: the same for all processes, as far as they have agreed().
+    """
+
+    def __init__(self, world: int):
+        # A group of its own on the CPU: on a GPU nothing waits for a kernel to finish.
+        self.group = distributed.new_group(backend="gloo") if world > 1 else None
+        self.asked, self.stop, self.when, self.pending = 0, 0, 0.0, None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._note) for number in STATUS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        # torchrun passes on the Ctrl-C that its processes have had from the terminal already.
+        repeat = time.monotonic() - self.when < 2 and any(key in os.environ for key in LAUNCHERS)
+        if number == signal.SIGINT and self.asked and not repeat:
+            raise KeyboardInterrupt  # the second Ctrl-C leaves at once
+        self.asked, self.when = STATUS[number], time.monotonic()
+
+    def agree(self, save: bool = False, wait: bool = False) -> bool:
+        """Whether any process wants to save; `stop` is set alike.  All call this at the same steps.
+
+        With several processes this tells what was the case at the call before, so that no step
+        waits for a message; `wait` takes in what is the case now.
+        """
+        if not self.group:
+            self.stop = self.asked
+            return save
+        answer = torch.zeros(2, dtype=torch.int64)
+        if self.pending:
+            handle, answer = self.pending
+            handle.wait()
+        mine = torch.tensor([self.asked, save])
+        handle = distributed.all_reduce(mine, distributed.ReduceOp.MAX, self.group, async_op=True)
+        self.pending = handle, mine
+        if wait:
+            handle.wait()
+            self.pending, answer = None, torch.maximum(answer, mine)
+        self.stop, save = answer.tolist()
+        return bool(save)
+
+
+def ignore_signals(worker: int) -> None:
+    """Let a process that decodes photographs outlive a signal to all of them: it is still needed.
+
+    It ends when the training process tells it to, or is gone.
+    """
+    for number in STATUS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def name_the_lost(rank: int) -> None:
+    """From now on, an error that comes of another process's end is one line that names it."""
+    import psutil
+    from accelerate.utils import gather_object
+
+    here = platform.node()
+    peers = list(enumerate(gather_object([(here, os.getpid())])))
+
+    def is_gone(host, pid):
+        try:
+            gone = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+            return host == here and psutil.Process(pid).status() in gone
+        except psutil.NoSuchProcess:
+            return True
+
+    def explain(kind, error, trace):
+        lost, deadline = [], time.monotonic() + 2
+        while issubclass(kind, RuntimeError) and not lost and time.monotonic() < deadline:
+            lost = [r for r, (host, pid) in peers if r != rank and is_gone(host, pid)]
+            time.sleep(0.05)  # its sockets close a moment before it is gone
+        if not lost:
+            return sys.__excepthook__(kind, error, trace)
+        names = " and ".join(f"process {r} (pid {peers[r][1][1]})" for r in lost)
+        print(f"error: {names} of {len(peers)} ended, so process {rank} does too", file=sys.stderr)
+        # Whatever is told goodbye on the way out may wait for the lost one.
+        sys.stderr.flush()
+        os._exit(1)
+
+    sys.excepthook = explain

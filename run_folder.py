@@ -1,0 +1,146 @@
+"""The folder of a run: which one a command trains in, who else does, and which is the newest.
+
+    runs/<data>-<model>/, then -2, -3, …
+
+A finished run is never overwritten.  An unfinished one is continued by the command that began it.
+"""
+
+import itertools
+import json
+import os
+import platform
+from pathlib import Path
+
+import options
+from checkpoint import newest_checkpoint
+from options import UserError
+
+LOCKS = []  # open files: a lock lasts as long as the process
+
+
+def claim(folder: str | Path, compare, resume: bool = True) -> tuple[Path, Path | None, list[str]]:
+    """Lock the folder that is to be trained in.
+
+    The newest unfinished run of this name whose options are the same is continued, if `resume` says
+    so; otherwise the first free one of folder, folder-2, folder-3, … is made.
+
+    compare(run): in words, how the options of a run differ from those given; '' where they do not.
+
+    Returns the folder, the checkpoint to go on from (None: begin), and what the user should know.
+    Errors: UserError for a run that is being trained, and a folder that cannot be made.
+    """
+    notes = []
+    existing = list(itertools.takewhile(Path.is_dir, _numbered(folder)))
+    for run in reversed(existing if resume else []):
+        if not (run / "options.yaml").is_file() or is_finished(run):
+            continue
+        if different := compare(run):
+            if not notes:
+                notes = [f"{run} is unfinished, but not with these options ({different}): new run"]
+            continue
+        run, checkpoint, damaged = continued(run)
+        if checkpoint or not (run / "model.safetensors").exists():
+            return run, checkpoint, damaged
+        notes += [*damaged, f"{run} has weights but no whole checkpoint: new run"]
+    for run in _numbered(folder):
+        try:
+            if run.is_dir():
+                if not os.access(run, os.R_OK | os.W_OK | os.X_OK):
+                    raise UserError(f"--output {run}: no permission; name another folder")
+                if any(path.name != ".lock" for path in run.iterdir()):
+                    continue
+            run.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UserError(f"--output {run} is a file: name a folder") from error
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror}); name another folder"
+            raise UserError(f"--output {run}: {reason}") from error
+        if not _lock(run):
+            return run, None, notes
+
+
+def continued(run: Path) -> tuple[Path, Path | None, list[str]]:
+    """Lock an unfinished run, and find the checkpoint that it goes on from; as claim() returns."""
+    if holder := _lock(run):
+        raise UserError(
+            f"{run} is being trained by {holder}: wait for it, or begin another with --no-resume"
+        )
+    for aside in run.glob(".*.*"):  # what a crash left of files that were being written
+        if aside.suffix[1:].isdigit():
+            aside.unlink(missing_ok=True)
+    checkpoint, notes = newest_checkpoint(run / "checkpoint")
+    return run, checkpoint, notes
+
+
+def resumed(run: Path) -> tuple[Path, Path | None, list[str]]:
+    """continued() for a run that was asked for by name.  Errors: UserError where it cannot be."""
+    run, checkpoint, damaged = continued(run)
+    if not checkpoint and (run / "model.safetensors").exists():
+        raise UserError(". ".join([*damaged, f"--resume {run}: no whole checkpoint to go on from"]))
+    return run, checkpoint, damaged
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run came to its end."""
+    try:
+        return json.loads((run / "metrics.json").read_text())["summary"].get("finished", True)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def find(path: str) -> Path:
+    """The run that --resume names, itself or by something in it.  Errors: UserError."""
+    here = Path(path).resolve()
+    for run in (here, *here.parents):
+        if (run / "options.yaml").is_file():
+            return run
+    raise UserError(f"--resume {path}: no run (a folder with options.yaml) is there")
+
+
+def _numbered(folder: str | Path):
+    yield Path(folder)
+    for number in itertools.count(2):
+        yield Path(f"{folder}-{number}")
+
+
+def _lock(run: Path) -> str:
+    """Lock a run for this process; '' where that worked, otherwise who holds it.
+
+    The system frees the lock of a process that ends, however it does: none is ever stale.  It is a
+    POSIX record lock, because the processes that decode photographs inherit any other kind, and
+    live on for seconds when the training process is killed.
+    """
+    import fcntl  # which Windows does not have; predict.py runs there
+
+    file = open(run / ".lock", "a+")  # noqa: SIM115 (closing it would free the lock)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        return holder
+    except OSError:
+        pass  # a network disk without locks: nothing else can be asked there
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    LOCKS.append(file)
+    return ""
+
+
+def point_latest(run: Path) -> None:
+    """Make runs/latest name this run."""
+    options.RUNS.mkdir(exist_ok=True)
+    aside = options.RUNS / f".latest.{os.getpid()}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(os.path.relpath(run, options.RUNS))
+    os.replace(aside, options.RUNS / "latest")
+
+
+def latest_weights() -> Path:
+    """The newest run's weights file.  Errors: UserError where nothing has been trained yet."""
+    path = options.RUNS / "latest" / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"no weights in {options.RUNS}: run `make train`, or give --weights FILE")
+    return path

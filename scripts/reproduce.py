@@ -1,0 +1,97 @@
+"""Train a run again from what its weights say, and tell whether the bits are the same.
+
+    make reproduce RUN=runs/digits-lenet
+    python scripts/reproduce.py runs/digits-lenet/model.safetensors --data moved/pictures
+
+Only the header of model.safetensors is read.  The new run is a run like any other, beside the old
+one.  Exit status 0 for identical bits, 1 for others.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import _root  # noqa: F401
+import checkpoint
+import options
+import run_folder
+from options import ROOT, OutsideError, UserError
+
+
+def build_parser() -> options.Parser:
+    parser = options.parser(__doc__)
+    parser.add_argument("weights", nargs="?", help="a run's model.safetensors (default: newest)")
+    help = "a folder with the same pictures (default: where they were)"
+    parser.add_argument("--data", metavar="DIR", help=help)
+    help = "run folder (default: <the run's>-reproduced)"
+    parser.add_argument("--output", metavar="DIR", help=help)
+    return parser
+
+
+def command(header: dict, args, run: Path, config: Path) -> list[str]:
+    """The command that trains again with the options, threads and processes of a header."""
+    words = [ROOT / "scripts" / "train.py", "--config", config]
+    words += ["--output", args.output or f"{run}-reproduced", "--threads", header["threads"]]
+    if args.data:
+        words += ["--data", args.data]
+    launcher = [sys.executable]
+    if header["processes"] > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", header["processes"]]
+    return [str(word) for word in launcher + words]
+
+
+def main(argv=None) -> int:
+    args = options.parse(build_parser(), argv)
+    weights = Path(args.weights) if args.weights else run_folder.latest_weights()
+    header = checkpoint.read_header(weights)
+    if "digests" not in header:
+        raise UserError(f"{weights}: written before digests were kept; nothing to compare with")
+    import runtime
+
+    # What may make a difference, before it is waited for.
+    runtime.launch(header["threads"])
+    for key, now in runtime.circumstances(header["precision"]).items():
+        before = header[key]
+        if key != "processes" and before != now:  # as many processes as then are started below
+            print(f"{key} was {before}, is {now}: the bits may differ")
+    if header["threads"] > runtime.cores():
+        print(f"{header['threads']} threads, as then, though there are {runtime.cores()} cores")
+
+    # Train.
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "options.yaml"
+        config.write_text(options.as_yaml(header["options"]))
+        words = command(header, args, weights.resolve().parent, config)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(header["threads"])}
+        process = subprocess.Popen(words, env=environment)
+        # The terminal sends a Ctrl-C to training too, which saves and ends; so does this.
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        status = process.wait()
+    if status:
+        raise OutsideError(f"training again ended with status {status}; the same command goes on")
+    again = run_folder.latest_weights().resolve().parent
+    records = json.loads((again / "metrics.json").read_text())["epochs"]
+
+    # Compare.
+    last_equal = 0
+    for (step, digest), record in zip(header["digests"], records, strict=False):
+        if (step, digest) != (record["step"], record["weights_sha256"]):
+            print(
+                f"the weights part after step {last_equal}: they are equal there, and no longer at "
+                f"step {step}, the end of epoch {record['epoch']}"
+            )
+            return 1
+        last_equal = step
+    found = checkpoint.load(again / "model.safetensors")[1]
+    same = found["sha256"] == header["sha256"]
+    print(f"identical bits: {weights} and {again / weights.name}" if same else "other weights kept")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(options.run(main))
