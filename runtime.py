@@ -177,6 +177,21 @@ def cpu_has_bf16() -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})  # the last one is Arm's
 
 
+def settle_order(model: torch.nn.Module, images: torch.Tensor, accelerator: Accelerator) -> None:
+    """Have several processes add gradients up in the same order from the first step on.
+
+    DistributedDataParallel rearranges them once, after its first backward pass, and with more than
+    two processes the order of a sum shows in its last bits: a run that goes on would differ.
+    images: what the network is fed; nothing is learned from them.
+    """
+    if accelerator.num_processes > 1:
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        accelerator.backward(0 * model(images).sum())
+        model.zero_grad()
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+
 def sync_buffers(model: torch.nn.Module, accelerator: Accelerator) -> None:
     """Average batch-norm statistics over the processes: each has seen its own pictures only.
 

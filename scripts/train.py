@@ -309,6 +309,9 @@ def main(argv=None):
     if normalised and args.batch_size < 2 * world:
         raise UserError(f"--batch-size: batch norm needs 2 pictures a process, so {2 * world}")
 
+    black = torch.zeros(2, data.channels, *data.image_size, dtype=torch.uint8, device=device)
+    runtime.settle_order(model, prepare(black), accelerator)
+
     # The run folder: of the unfinished run with these options, or a new one.
     def claim():
         if args.resume:
@@ -322,9 +325,9 @@ def main(argv=None):
     data.notes += notes
 
     # Where this run is: `batch` and `step` count what is done, of the epoch and of the run; losses
-    # [world, 2] are the sum of losses and the hits since they were last logged, on each process.
+    # [world, 3] are each process's loss, hits and steps with a finite loss since `logged`.
     at = SimpleNamespace(epoch=0, batch=0, step=0, seconds=0.0, epoch_seconds=0.0, history=[])
-    at.sums, at.losses, at.images = torch.zeros(3), torch.zeros(world, 2), 0
+    at.sums, at.losses, at.images, at.logged = torch.zeros(3), torch.zeros(world, 3), 0, 0
     at.best, at.best_score, best_weights, unwritten = None, None, None, {}
     if newest:
         saved = checkpoint.load_checkpoint(newest)
@@ -336,16 +339,17 @@ def main(argv=None):
                 data.notes.append(f"{key} was {before}, is {now}: the last bits may differ")
         restore(saved, model, optimizer, accelerator)
         at = SimpleNamespace(**saved["progress"])
-        if (newest / "model.safetensors").exists():
-            best_weights = (newest / "model.safetensors").read_bytes()
-            unwritten[run / "model.safetensors"] = best_weights
         data.notes.append(f"{run} goes on in epoch {at.epoch + 1} after {at.batch} batches")
     losses = at.losses[rank::world].sum(0).to(device)
 
     # What only the first process does: write files, and TensorBoard's curves.
     if is_main:
         checkpoint.atomic_write(run / "options.yaml", options.as_yaml(options.stored(args)))
+        if newest and (newest / "model.safetensors").exists():
+            best_weights = (newest / "model.safetensors").read_bytes()
+            checkpoint.atomic_write(run / "model.safetensors", best_weights)
         curves = Curves(run, at.step)
+    kept_weights = best_weights
     circumstances = runtime.circumstances(accelerator.mixed_precision)
     header = {
         "model": args.model,
@@ -382,7 +386,7 @@ def main(argv=None):
         }
 
         def write():
-            nonlocal newest
+            nonlocal newest, kept_weights
             curves.flush(at.step)
             try:
                 for path in list(unwritten):
@@ -392,6 +396,9 @@ def main(argv=None):
                 newest = checkpoint.save_checkpoint(
                     run / "checkpoint", at.step, content, best_weights, newest
                 )
+                if best_weights is not kept_weights:  # weights always have a checkpoint
+                    checkpoint.atomic_write(run / "model.safetensors", best_weights)
+                    kept_weights = best_weights
             except OSError as error:
                 if last:
                     raise
@@ -460,7 +467,8 @@ def main(argv=None):
                         accelerator.backward(loss * weight)
                     with torch.no_grad():
                         hits = (logits.argmax(1) == y).sum()
-                        losses += torch.stack([loss, hits])
+                        losses[:2] += torch.stack([loss, hits])
+                losses[2] += losses[0].isfinite()
                 if args.clip:
                     accelerator.clip_grad_norm_(model.parameters(), args.clip)
                 look = at.step < args.log_every or (at.step + 1) % args.log_every == 0
@@ -471,16 +479,15 @@ def main(argv=None):
                 at.batch, at.step, at.images = at.batch + 1, at.step + 1, at.images + batch_images
                 at.epoch_seconds = time.perf_counter() - epoch_began
 
-                is_due = (
-                    at.step % save_steps == 0
-                    if save_steps
-                    else is_main and time.perf_counter() - saved_when > save_seconds
-                )
-                is_due = interrupts.agree(is_due)
+                late = save_seconds and is_main and time.perf_counter() - saved_when > save_seconds
+                is_due = interrupts.agree(late)
+                is_due |= bool(save_steps) and at.step % save_steps == 0
                 ends = at.batch == len(train_loader)
                 if look or ends or is_due or interrupts.stop:
-                    loss, hits = accelerator.reduce(losses).tolist()
+                    loss, hits, finite = accelerator.reduce(losses).tolist()
                     if not math.isfinite(loss):
+                        at.step = at.logged + int(finite / world) + 1
+                        lr = args.lr * lr_factor(at.step - 1, total, args.warmup, args.schedule)
                         raise UserError(trouble(loss, at, lr, gradient, run))
                 if at.step % args.log_every == 0 or ends:
                     if is_main:
@@ -488,7 +495,7 @@ def main(argv=None):
                         curves.add("scalar", "learning_rate", lr, at.step)
                     at.sums += torch.tensor([loss, hits, at.images])
                     losses.zero_()
-                    at.images = 0
+                    at.images, at.logged = 0, at.step
                 if interrupts.stop:
                     break
                 if is_due and not ends:
@@ -529,7 +536,7 @@ def main(argv=None):
                 header |= {"epoch": at.epoch, "validation": record, "digests": digests}
                 weights = checkpoint.encode(plain.state_dict(), header)
                 if better:
-                    best_weights = unwritten[run / "model.safetensors"] = weights
+                    best_weights = weights
                 if args.save_every_epoch:
                     unwritten[run / "epochs" / f"epoch-{at.epoch:03d}.safetensors"] = weights
                 unwritten[run / "metrics.json"] = summarise(finished=False)

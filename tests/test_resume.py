@@ -1,0 +1,418 @@
+"""Whatever interrupts a run, the same command brings it to the same weights, bit for bit."""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+import train
+from accelerate.state import AcceleratorState, GradientState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+
+import checkpoint
+import interrupts
+import metrics
+import options
+
+TINY = ["--model", "lenet", "--epochs", "3", "--batch-size", "8", "--workers", "0"]
+TINY += ["--precision", "no", "--augment", "standard", "--log-every", "3"]  # 12 steps in all
+
+
+class Crash(BaseException):
+    """Stands for SIGKILL: nothing in the code may catch it."""
+
+
+def call(*words):
+    """train.py as a process of its own would meet Accelerate: not yet set up."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    torch.manual_seed(torch.seed())  # nothing may depend on where a generator stands
+    with contextlib.suppress(Crash):
+        return options.run(train.main, [str(word) for word in words])
+    return "crashed"
+
+
+@pytest.fixture(autouse=True)
+def sorted_events(monkeypatch):
+    """Event files of one second and process are read in the order of their numbers: as text."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", type(event_file_writer._global_uid)(100))
+
+
+@pytest.fixture
+def pictures(make_folder, tmp_path):
+    """26 small pictures to train on: the batches of 8 are ragged."""
+    return make_folder(tmp_path / "pictures", {"train": 13, "val": 5}, size=(12, 12))
+
+
+@pytest.fixture
+def command(pictures, tmp_path):
+    """The words of a run into tmp_path/run."""
+    return ["--data", pictures, "--output", tmp_path / "run", *TINY]
+
+
+@pytest.fixture
+def undisturbed(pictures, tmp_path):
+    """The header of the same run left alone, and what metrics.json holds of it."""
+    assert call("--data", pictures, "--output", tmp_path / "undisturbed", *TINY) == 0
+    return outcome(tmp_path / "undisturbed")
+
+
+TIMES = {"seconds", "images_per_second"}
+
+
+def outcome(run):
+    """Everything that must not depend on interruptions: weights, digests, figures, curves."""
+    tensors, header = checkpoint.load(run / "model.safetensors")
+    epochs = json.loads((run / "metrics.json").read_text())["epochs"]
+    figures = [{k: v for k, v in record.items() if k not in TIMES} for record in epochs]
+    events = EventAccumulator(str(run))
+    events.Reload()
+    curves = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if not tag.endswith(tuple(TIMES))
+    }
+    return checkpoint.digest(tensors), header["digests"], figures, curves
+
+
+def at_call(monkeypatch, number, owner, name, action):
+    """Have the number-th call of owner.name preceded by action()."""
+    calls, real = itertools.count(1), getattr(owner, name)
+
+    def counted(*args, **settings):
+        if next(calls) == number:
+            action()
+        return real(*args, **settings)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+def crash():
+    raise Crash
+
+
+@pytest.mark.parametrize("every", ["1", "2", "5m"])
+@pytest.mark.parametrize("step", [1, 3, 4, 6, 9])
+def test_killed_at_a_step(command, undisturbed, tmp_path, monkeypatch, step, every):
+    """Killed within any step of an epoch, a run ends with the bits, figures and curves it would
+    have had, none of them twice.
+    """
+    with monkeypatch.context() as patch:
+        at_call(patch, step, interrupts.Interrupts, "agree", crash)
+        assert call(*command, "--save-every", every) == "crashed"
+    assert call(*command, "--save-every", every) == 0
+    assert outcome(tmp_path / "run") == undisturbed
+    assert not (tmp_path / "run-2").exists()
+
+
+@pytest.mark.parametrize(("name", "status"), [("TERM", 143), ("INT", 130), ("USR1", 143)])
+@pytest.mark.parametrize(
+    ("owner", "function", "number"),
+    [
+        (interrupts.Interrupts, "agree", 2),
+        (interrupts.Interrupts, "agree", 4),  # with the evaluation's own: the last of an epoch
+        (metrics, "on_device", 2),  # while it is evaluated
+        (checkpoint, "save_checkpoint", 1),
+    ],
+)
+def test_signals(
+    command, undisturbed, tmp_path, monkeypatch, capsys, name, status, owner, function, number
+):
+    """A signal ends the run after its step, saved and said; nothing is lost, nothing differs."""
+    number_of_signal = getattr(signal, f"SIG{name}")
+    before = signal.getsignal(number_of_signal)
+    with monkeypatch.context() as patch:
+        kill = lambda: os.kill(os.getpid(), number_of_signal)  # noqa: E731
+        at_call(patch, number, owner, function, kill)
+        assert call(*command) == status
+    said = capsys.readouterr().out
+    assert "the same command goes on" in said.splitlines()[-1]
+    assert signal.getsignal(number_of_signal) is before
+    assert call(*command) == 0
+    assert "goes on in epoch" in capsys.readouterr().out
+    assert outcome(tmp_path / "run") == undisturbed
+
+
+def test_second_interrupt_leaves_at_once(command, monkeypatch, tmp_path):
+    """A Ctrl-C while the first one's checkpoint is written does not wait for it; 130 too."""
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_call(monkeypatch, 2, interrupts.Interrupts, "agree", twice)
+    at_call(monkeypatch, 1, checkpoint, "save_checkpoint", twice)
+    assert call(*command) == 130
+    assert not list((tmp_path / "run").glob("checkpoint/*"))
+
+
+def count_calls(monkeypatch, command, names):
+    """How often a whole run calls each of os.<names>."""
+    counts = dict.fromkeys(names, 0)
+
+    def counting(name, real):
+        def counted(*args, **settings):
+            counts[name] += 1
+            return real(*args, **settings)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        for name in names:
+            patch.setattr(os, name, counting(name, getattr(os, name)))
+        assert call(*command) == 0
+    return counts
+
+
+@pytest.mark.parametrize("name", ["fsync", "rename", "replace"])
+def test_killed_at_each_write(command, undisturbed, tmp_path, monkeypatch, name):
+    """Killed before any flush or renaming of a run, it goes on to the same weights."""
+    writes = count_calls(monkeypatch, command, [name])[name]
+    assert writes >= 3
+    shutil.rmtree(tmp_path / "run")
+    for number in range(1, writes + 1, 1 if writes < 12 else 4):
+        with monkeypatch.context() as patch:
+            at_call(patch, number, os, name, crash)
+            assert call(*command) == "crashed"
+        assert call(*command) == 0
+        assert outcome(tmp_path / "run") == undisturbed, number
+        assert not (tmp_path / "run-2").exists()
+        assert not [p for p in (tmp_path / "run").glob("**/.*") if p.name != ".lock"]
+        shutil.rmtree(tmp_path / "run")
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_full_disk(command, undisturbed, tmp_path, monkeypatch, capsys):
+    """A disk that is full for a while costs a line; at the end nothing is missing."""
+    with monkeypatch.context() as patch:
+        at_call(patch, 2, checkpoint, "save_checkpoint", full)
+        assert call(*command) == 0
+    said = capsys.readouterr()
+    assert said.out.count("not saved at step 8, training goes on: ") == 1
+    assert "No space left" in said.out and not said.err
+    assert outcome(tmp_path / "run") == undisturbed
+
+
+def test_full_disk_at_the_end(command, undisturbed, tmp_path, monkeypatch, capsys):
+    """Where the last save fails, so does the run, in one line; with room again it goes on."""
+    with monkeypatch.context() as patch:
+        at_call(patch, 3, checkpoint, "save_checkpoint", full)
+        assert call(*command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "No space left" in error
+    assert len(error.splitlines()) == 1
+    assert call(*command) == 0
+    assert outcome(tmp_path / "run") == undisturbed
+
+
+def test_damaged_checkpoint(command, undisturbed, tmp_path, monkeypatch, capsys):
+    """A damaged checkpoint is named and passed over, and the one before it brings the same end."""
+    with monkeypatch.context() as patch:
+        at_call(patch, 9, interrupts.Interrupts, "agree", crash)
+        assert call(*command, "--save-every", "2") == "crashed"
+    saved = sorted((tmp_path / "run" / "checkpoint").iterdir())
+    assert len(saved) == 2
+    content = bytearray((saved[1] / "state.safetensors").read_bytes())
+    content[-9] ^= 1
+    (saved[1] / "state.safetensors").write_bytes(content)
+    capsys.readouterr()
+    assert call(*command) == 0
+    said = capsys.readouterr().out
+    assert str(saved[1]) in said and "state.safetensors was altered" in said
+    assert outcome(tmp_path / "run") == undisturbed
+
+
+def test_lost_weights_come_back(command, undisturbed, tmp_path, monkeypatch):
+    """The best weights so far are part of a checkpoint, should model.safetensors be lost."""
+    with monkeypatch.context() as patch:
+        at_call(patch, 9, interrupts.Interrupts, "agree", crash)
+        assert call(*command) == "crashed"
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert call(*command) == 0
+    assert outcome(tmp_path / "run") == undisturbed
+
+
+def interrupted(command, monkeypatch, step=6):
+    with monkeypatch.context() as patch:
+        at_call(patch, step, interrupts.Interrupts, "agree", crash)
+        assert call(*command) == "crashed"
+
+
+def test_other_options(command, tmp_path, monkeypatch, capsys):
+    """With other options a new run begins, which says how they differ; the old one stays."""
+    interrupted(command, monkeypatch)
+    capsys.readouterr()
+    assert call(*command, "--lr", "0.002", "--epochs", "1") == 0
+    said = capsys.readouterr().out
+    assert "--lr was 0.001, now 0.002" in said and "--epochs was 3, now 1" in said
+    assert (tmp_path / "run-2" / "model.safetensors").exists()
+    assert call(*command) == 0  # and the first command still goes on
+    assert "goes on in epoch" in capsys.readouterr().out
+    assert not (tmp_path / "run-3").exists()
+
+
+def test_options_without_a_say(command, undisturbed, tmp_path, monkeypatch, capsys):
+    """Options that no weight depends on may differ between the parts of a run."""
+    interrupted(command, monkeypatch)
+    words = ["--workers", "1", "--save-every", "3", "--log-every", "2"]
+    assert call(*command, *words) == 0
+    assert "goes on in epoch" in capsys.readouterr().out
+    assert outcome(tmp_path / "run")[:2] == undisturbed[:2]
+
+
+@pytest.mark.parametrize("named", ["run", "run/checkpoint", "run/options.yaml"])
+def test_resume_by_name(command, undisturbed, tmp_path, monkeypatch, capsys, named):
+    """--resume needs no other option, and once the run is finished changes nothing."""
+    interrupted(command, monkeypatch)
+    assert call("--resume", tmp_path / named) == 0
+    assert outcome(tmp_path / "run") == undisturbed
+    written = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert call("--resume", tmp_path / named, "--workers", "0") == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == written
+    assert not (tmp_path / "run-2").exists()
+
+
+def test_resume_mistakes(command, tmp_path, monkeypatch, capsys):
+    """--resume with an option that the run does not have, or of no run, is refused."""
+    interrupted(command, monkeypatch)
+    for words, named in (
+        (["--resume", tmp_path / "run", "--lr", "0.5"], "--lr was 0.001, now 0.5"),
+        (["--resume", tmp_path / "pictures"], "no run"),
+        (["--resume", tmp_path / "nothing"], "no run"),
+    ):
+        capsys.readouterr()
+        assert call(*words) == 2
+        error = capsys.readouterr().err
+        assert named in error and len(error.splitlines()) == 1
+
+
+def test_no_resume(command, tmp_path, monkeypatch):
+    """--no-resume begins anew, but for processes that torchrun has started again."""
+    interrupted(command, monkeypatch)
+    interrupted([*command, "--no-resume"], monkeypatch)
+    assert (tmp_path / "run-2").exists()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert call(*command, "--no-resume") == 0
+    assert not (tmp_path / "run-3").exists()
+    assert (tmp_path / "run-2" / "model.safetensors").exists()
+
+
+def test_changed_pictures(command, pictures, monkeypatch, capsys):
+    """A run does not go on with other pictures than it began with."""
+    interrupted(command, monkeypatch)
+    next((pictures / "train" / "ants").iterdir()).unlink()
+    capsys.readouterr()
+    assert call(*command) == 2
+    assert "--no-resume" in capsys.readouterr().err
+
+
+def test_threads_are_restored(command, undisturbed, tmp_path, monkeypatch, capsys):
+    """The number of threads has a say in the last bits: a run keeps that it began with."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(1)
+    interrupted(command, monkeypatch)
+    torch.set_num_threads(2)
+    assert call(*command) == 0
+    assert torch.get_num_threads() == 1
+    assert "threads was" not in capsys.readouterr().out
+    assert checkpoint.read_header(tmp_path / "run" / "model.safetensors")["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model", "torchvision/mobilenet_v3_small"],  # batch norm and dropout
+        ["--optimizer", "sgd", "--clip", "1", "--accumulate", "2", "--val", "0"],
+        ["--precision", "bf16", "--schedule", "constant", "--save-every-epoch"],
+    ],
+)
+def test_any_network_and_optimizer(pictures, tmp_path, monkeypatch, words):
+    """Batch norm's statistics, dropout's draws, momentum and moments all go on where they were."""
+    command = ["--data", pictures, *TINY, *words]
+    assert call(*command, "--output", tmp_path / "whole") == 0
+    interrupted([*command, "--output", tmp_path / "run", "--save-every", "1"], monkeypatch, 5)
+    assert call(*command, "--output", tmp_path / "run") == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    kept = [sorted(p.name for p in (tmp_path / r).glob("epochs/*")) for r in ("run", "whole")]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_photographs(make_folder, tmp_path, monkeypatch, workers):
+    """Random crops of photographs go on in mid-epoch too, whoever decodes them."""
+    photos = make_folder(tmp_path / "photos", {"train": 9, "val": 2}, size=(90, 70), suffix=".jpg")
+    command = ["--data", photos, *TINY, "--image-size", "32", "--epochs", "2", "--workers", workers]
+    assert call(*command, "--output", tmp_path / "whole") == 0
+    interrupted([*command, "--output", tmp_path / "run", "--save-every", "1"], monkeypatch, 2)
+    assert call(*command, "--output", tmp_path / "run") == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_loss_that_is_no_number(command, tmp_path, capsys):
+    """A loss that explodes ends the run in a line with epoch, step, rate and layer; the last good
+    weights and checkpoint stay.
+    """
+    assert call(*command, "--lr", "1e18", "--schedule", "constant") == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and error.startswith("error: the loss is ")
+    for part in ("epoch 1", "step ", "lr 1e+18", "largest gradient was that of ", "--lr"):
+        assert part in error
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_gradient_that_explodes_later(command, pictures, tmp_path, monkeypatch, capsys):
+    """The weights of the last good epoch are kept and named, and the layer is the one to blame."""
+    real = train.augment
+    calls = itertools.count(1)
+
+    def explode(images, *args):
+        if next(calls) == 5:  # the second epoch
+            for p in explode.model.parameters():
+                p.data.mul_(1e30)
+        return real(images, *args)
+
+    create = train.create_model
+
+    def remember(*args, **settings):
+        explode.model = create(*args, **settings)
+        return explode.model
+
+    monkeypatch.setattr(train, "augment", explode)
+    monkeypatch.setattr(train, "create_model", remember)
+    assert call(*command) == 2
+    error = capsys.readouterr().err
+    assert "epoch 2 at step 5" in error and "at step 3" in error
+    assert f"the weights of epoch 1 are in {tmp_path / 'run'}" in error
+    assert checkpoint.load(tmp_path / "run" / "model.safetensors")[1]["epoch"] == 1
+    assert len(list((tmp_path / "run" / "checkpoint").iterdir())) == 1
+
+
+def test_out_of_memory(command, monkeypatch, capsys):
+    """Too large a batch for a GPU: which --batch-size and --accumulate to try."""
+
+    def overflow(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train.F, "cross_entropy", overflow)
+    assert call(*command, "--accumulate", "2") == 1
+    error = capsys.readouterr().err
+    assert "--accumulate 4" in error and "--batch-size 4" in error and len(error.splitlines()) == 1
+
+
+def test_vanished_picture(make_folder, tmp_path, monkeypatch, capsys):
+    """A photograph that is gone when its turn comes ends the run in one line that names it."""
+    photos = make_folder(tmp_path / "photos", {"train": 9, "val": 2}, size=(90, 70), suffix=".jpg")
+    lost = photos / "train" / "bees" / "3.jpg"
+    at_call(monkeypatch, 3, interrupts.Interrupts, "agree", lambda: lost.unlink(missing_ok=True))
+    words = ["--data", photos, "--output", tmp_path / "run", *TINY, "--image-size", "32"]
+    assert call(*words) == 1
+    error = capsys.readouterr().err
+    assert str(lost) in error and len(error.splitlines()) == 1
