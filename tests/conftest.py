@@ -58,3 +58,7 @@ def _make_folder(
 def make_folder():
     """The function that makes a picture folder."""
     return _make_folder
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=12, help="of tests/test_kills.py")
