@@ -23,7 +23,7 @@ from model import create_model
 from options import UserError
 from transforms import Prepare
 
-FORMAT = "lenslet"
+FORMAT, CHECKPOINT = "lenslet", "lenslet-checkpoint"
 VERSION = "1"
 TEXT = {"format", "version", "model", "stem", "data", "data_sha256", "sha256"}  # the rest is JSON
 
@@ -163,7 +163,7 @@ def save_checkpoint(
     if weights is not None:
         files["model.safetensors"] = weights
     sums = {name: [len(data), hashlib.sha256(data).hexdigest()] for name, data in files.items()}
-    manifest = {"format": f"{FORMAT}-checkpoint", "version": VERSION, "files": sums}
+    manifest = {"format": CHECKPOINT, "version": VERSION, "files": sums}
     number = 1 + max((_number(old) for old in _saved(folder)), default=0)
     path = folder / f"{number:06d}-step-{step}"
     aside = folder / f".{path.name}"
@@ -217,21 +217,24 @@ def _number(path: Path) -> int:
 
 def _fault(path: Path) -> str:
     """What is wrong with a checkpoint, '' if nothing is."""
+    name = "manifest.json"
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        if manifest["version"] != VERSION:
-            return f"format version {manifest['version']}, this code reads {VERSION}"
+        manifest = json.loads((path / name).read_text())
+        if (manifest["format"], manifest["version"]) != (CHECKPOINT, VERSION):
+            return f"not of format {CHECKPOINT}, version {VERSION}"
+        if missing := {"state.json", "state.safetensors"} - manifest["files"].keys():
+            return f"its manifest lacks {' and '.join(sorted(missing))}"
         for name, (size, sha256) in manifest["files"].items():
             data = (path / name).read_bytes()
             if len(data) != size:
                 return f"{name} has {len(data)} of {size} bytes"
             if hashlib.sha256(data).hexdigest() != sha256:
                 return f"{name} was altered"
-        return "" if "state.json" in manifest["files"] else "no state.json in its manifest"
     except OSError as error:
-        return f"{Path(error.filename).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "manifest.json was altered"
+    return ""
 
 
 def _take_apart(tree, tensors: dict[str, Tensor], name: str):

@@ -1,6 +1,7 @@
 """TensorBoard's curves of a run."""
 
 import contextlib
+import threading
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -15,10 +16,14 @@ class Curves:
 
     def __init__(self, folder: Path, step: int):
         self.folder = folder
+        threading.excepthook = _without_full_disks
         self._open(step)
 
     def _open(self, step: int) -> None:
-        self.writer = SummaryWriter(self.folder, purge_step=step + 1 if step else 0)
+        try:
+            self.writer = SummaryWriter(self.folder, purge_step=step + 1 if step else 0)
+        except OSError:
+            self.writer = None
 
     def add(self, kind: str, *args) -> None:
         """Call SummaryWriter's add_<kind>(*args), if there is room on the disk."""
@@ -51,3 +56,10 @@ class Curves:
             with contextlib.suppress(OSError):
                 self.writer.close()
             self.writer = None
+
+
+def _without_full_disks(args) -> None:
+    """threading.excepthook, but for TensorBoard's writing thread: what ends it is raised later."""
+    writing = type(args.thread).__module__.startswith("tensorboard")
+    if not (writing and issubclass(args.exc_type, OSError)):
+        threading.__excepthook__(args)

@@ -28,13 +28,16 @@ class Interrupts:
     def __init__(self, world: int):
         # A group of its own on the CPU: on a GPU nothing waits for a kernel to finish.
         self.group = distributed.new_group(backend="gloo") if world > 1 else None
-        self.asked, self.stop, self.when, self.pending = 0, 0, 0.0, None
+        self.asked, self.stop, self.when = 0, 0, 0.0
+        self.pending, self.wished = None, False
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self._note) for number in STATUS}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace):
+        if self.group and kind and issubclass(kind, RuntimeError):
+            return  # of a lost process, maybe: torchrun's SIGTERM must not come before it is named
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -58,13 +61,15 @@ class Interrupts:
         if self.pending:
             handle, answer = self.pending
             handle.wait()
-        mine = torch.tensor([self.asked, save])
+        self.wished = save and not self.wished  # a wish is answered once, at the next call
+        mine = torch.tensor([self.asked, self.wished])
         handle = distributed.all_reduce(mine, distributed.ReduceOp.MAX, self.group, async_op=True)
         self.pending = handle, mine
         if wait:
             handle.wait()
             self.pending, answer = None, torch.maximum(answer, mine)
-        self.stop, save = answer.tolist()
+        stop, save = answer.tolist()
+        self.stop = max(self.stop, stop)
         return bool(save)
 
 
@@ -93,6 +98,7 @@ def name_the_lost(rank: int) -> None:
             return True
 
     def explain(kind, error, trace):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, before the line is out
         lost, deadline = [], time.monotonic() + 2
         while issubclass(kind, RuntimeError) and not lost and time.monotonic() < deadline:
             lost = [r for r, (host, pid) in peers if r != rank and is_gone(host, pid)]

@@ -5,6 +5,7 @@
 A finished run is never overwritten.  An unfinished one is continued by the command that began it.
 """
 
+import glob
 import itertools
 import json
 import os
@@ -30,8 +31,7 @@ def claim(folder: str | Path, compare, resume: bool = True) -> tuple[Path, Path 
     Errors: UserError for a run that is being trained, and a folder that cannot be made.
     """
     notes = []
-    existing = list(itertools.takewhile(Path.is_dir, _numbered(folder)))
-    for run in reversed(existing if resume else []):
+    for run in reversed(numbered(folder) if resume else []):
         if not (run / "options.yaml").is_file() or is_finished(run):
             continue
         if different := compare(run):
@@ -41,8 +41,10 @@ def claim(folder: str | Path, compare, resume: bool = True) -> tuple[Path, Path 
         run, checkpoint, damaged = continued(run)
         if checkpoint or not (run / "model.safetensors").exists():
             return run, checkpoint, damaged
+        LOCKS.pop().close()
         notes += [*damaged, f"{run} has weights but no whole checkpoint: new run"]
-    for run in _numbered(folder):
+    for number in itertools.count(1):
+        run = _run(folder, number)
         try:
             if run.is_dir():
                 if not os.access(run, os.R_OK | os.W_OK | os.X_OK):
@@ -65,7 +67,8 @@ def continued(run: Path) -> tuple[Path, Path | None, list[str]]:
         raise UserError(
             f"{run} is being trained by {holder}: wait for it, or begin another with --no-resume"
         )
-    for aside in run.glob(".*.*"):  # what a crash left of files that were being written
+    # What a crash left of files that were being written.
+    for aside in [*run.glob(".*.*"), *run.glob("epochs/.*.*")]:
         if aside.suffix[1:].isdigit():
             aside.unlink(missing_ok=True)
     checkpoint, notes = newest_checkpoint(run / "checkpoint")
@@ -84,7 +87,7 @@ def is_finished(run: Path) -> bool:
     """Whether a run came to its end."""
     try:
         return json.loads((run / "metrics.json").read_text())["summary"].get("finished", True)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -97,10 +100,18 @@ def find(path: str) -> Path:
     raise UserError(f"--resume {path}: no run (a folder with options.yaml) is there")
 
 
-def _numbered(folder: str | Path):
-    yield Path(folder)
-    for number in itertools.count(2):
-        yield Path(f"{folder}-{number}")
+def numbered(folder: str | Path) -> list[Path]:
+    """Those of folder, folder-2, folder-3, … that there are, in this order."""
+    folder = Path(folder)
+    numbers = [1]
+    for other in folder.parent.glob(glob.escape(folder.name) + "-*"):
+        number = other.name.removeprefix(folder.name + "-")
+        numbers += [int(number)] if number.isdecimal() and int(number) > 1 else []
+    return [run for n in sorted(numbers) if (run := _run(folder, n)).is_dir()]
+
+
+def _run(folder: str | Path, number: int) -> Path:
+    return Path(folder) if number == 1 else Path(f"{folder}-{number}")
 
 
 def _lock(run: Path) -> str:
@@ -134,7 +145,7 @@ def point_latest(run: Path) -> None:
     options.RUNS.mkdir(exist_ok=True)
     aside = options.RUNS / f".latest.{os.getpid()}"
     aside.unlink(missing_ok=True)
-    aside.symlink_to(os.path.relpath(run, options.RUNS))
+    aside.symlink_to(os.path.relpath(run.resolve(), options.RUNS.resolve()))
     os.replace(aside, options.RUNS / "latest")
 
 

@@ -32,10 +32,10 @@ def build_parser() -> options.Parser:
     return parser
 
 
-def command(header: dict, args, run: Path, config: Path) -> list[str]:
+def command(header: dict, args, config: Path) -> list[str]:
     """The command that trains again with the options, threads and processes of a header."""
     words = [ROOT / "scripts" / "train.py", "--config", config]
-    words += ["--output", args.output or f"{run}-reproduced", "--threads", header["threads"]]
+    words += ["--output", args.output, "--threads", header["threads"]]
     if args.data:
         words += ["--data", args.data]
     launcher = [sys.executable]
@@ -50,6 +50,7 @@ def main(argv=None) -> int:
     header = checkpoint.read_header(weights)
     if "digests" not in header:
         raise UserError(f"{weights}: written before digests were kept; nothing to compare with")
+    args.output = args.output or f"{weights.resolve().parent}-reproduced"
     import runtime
 
     # What may make a difference, before it is waited for.
@@ -65,7 +66,7 @@ def main(argv=None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "options.yaml"
         config.write_text(options.as_yaml(header["options"]))
-        words = command(header, args, weights.resolve().parent, config)
+        words = command(header, args, config)
         environment = {**os.environ, "OMP_NUM_THREADS": str(header["threads"])}
         process = subprocess.Popen(words, env=environment)
         # The terminal sends a Ctrl-C to training too, which saves and ends; so does this.
@@ -74,7 +75,8 @@ def main(argv=None) -> int:
         status = process.wait()
     if status:
         raise OutsideError(f"training again ended with status {status}; the same command goes on")
-    again = run_folder.latest_weights().resolve().parent
+    runs = run_folder.numbered(args.output)
+    again = max(runs, key=lambda run: (run / "metrics.json").stat().st_mtime)
     records = json.loads((again / "metrics.json").read_text())["epochs"]
 
     # Compare.

@@ -1,5 +1,6 @@
 """Options mean the same from a file and from the command line, and mistakes end in one line."""
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -10,7 +11,7 @@ import test as test_script
 import train
 
 import options
-from options import OutsideError, UserError, number, parse
+from options import OutsideError, UserError, duration, interval, number, parse
 
 
 @pytest.fixture
@@ -153,6 +154,55 @@ def test_number():
     for convert, text in ((share, "-0.1"), (share, "0.91"), (share, "nan"), (rate, "0")):
         with pytest.raises(Exception, match="must be"):
             convert(text)
+
+
+TIMES = {"90s": 90, "5m": 300, "2h": 7200, "1.5h": 5400, "0.5s": 0.5, "1e2s": 100, "007m": 420}
+NO_TIMES = "|0|-1|1.5|s|m|h|0s|0.0h|-1s|-5m|inf s|infs|nan s|nanh|5d|5M|5 minutes|m5|1h30m|5m."
+
+
+@pytest.mark.parametrize(("text", "seconds"), TIMES.items())
+def test_duration(text, seconds):
+    """A time is a number above zero and s, m or h."""
+    assert duration(text) == seconds
+    assert interval(text) == text
+
+
+@pytest.mark.parametrize("text", NO_TIMES.split("|"))
+def test_no_duration(text):
+    """Anything else is no time, and no number of steps: refused, with what would be one."""
+    for convert in (duration, interval):
+        with pytest.raises(argparse.ArgumentTypeError) as caught:
+            convert(text)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["1", "5", "500", "1000000"])
+def test_interval(text):
+    """A number of steps is a whole number from 1 on; alone, without a unit, it is no time."""
+    assert interval(text) == text
+    with pytest.raises(argparse.ArgumentTypeError, match="no time like 90s, 5m or 2h"):
+        duration(text)
+
+
+@pytest.mark.parametrize("text", ["5", "90s", "1.5h"])
+def test_save_every(config, text):
+    """--save-every is read alike from the command line, a file and the options of a run."""
+    args = parse(train.build_parser(), ["--save-every", text])
+    assert args.save_every == config(f"save-every: {text}").save_every == text
+    assert config(options.as_yaml(options.stored(args))).save_every == text
+    for wrong in ("0", "-1s", "5 minutes", "", "nanm"):
+        refuse(lambda wrong=wrong: config("", f"--save-every={wrong}"), "--save-every")
+
+
+def test_stored():
+    """What a run stores is what it is told by: not where that came from, nor what it resumes."""
+    words = ["--config", "digits", "--resume", "runs/a"]
+    stored = options.stored(parse(train.build_parser(), words))
+    assert "config" not in stored and "resume" not in stored
+    assert stored == options.stored(parse(train.build_parser(), ["--config", "digits"]))
+    assert options.stored(parse(train.build_parser(), ["--no-resume"])) == options.stored(
+        parse(train.build_parser(), [])
+    )
 
 
 @pytest.mark.parametrize(
