@@ -119,8 +119,11 @@ class Batches(Sampler):
 
     A batch holds the same pictures in the same order on any number of processes.  Set `epoch`
     before iterating, and `start` to begin with a later batch than the first; with a seed every
-    epoch has an order of its own.  While training, a last batch that would leave one picture to a
-    process is dropped (batch norm cannot train on one).
+    epoch has an order of its own.
+
+    Batch norm cannot train on one picture.  So while training, a short last batch is shared by as
+    many processes as have two for each; the others repeat two of its pictures, which do not count.
+    A last batch of one picture is dropped.
     """
 
     def __init__(self, count, batch_size, seed=None, rank=0, world=1):
@@ -128,9 +131,9 @@ class Batches(Sampler):
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world = rank, world
         self.epoch = self.start = 0
-        tail = count % batch_size
-        if seed is not None and tail // world < min(2, batch_size // world) and count > batch_size:
-            self.count -= tail
+        self.least = max(1, min(2, batch_size // world))  # pictures to a process
+        if seed is not None and count % batch_size == 1 and count > 1:
+            self.count -= 1
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
@@ -139,15 +142,24 @@ class Batches(Sampler):
         """Pictures in batch `step` of an epoch, over all processes."""
         return min(self.batch_size, self.count - step * self.batch_size)
 
+    def sharing(self, size: int) -> int:
+        """How many processes, the first ones, have a part of their own in a batch of this size."""
+        return max(1, min(self.world, size // self.least)) if self.seed is not None else self.world
+
+    def counts(self, step: int) -> bool:
+        """Whether this process's part of batch `step` is its own, and not a repetition."""
+        return self.rank < self.sharing(self.size(step))
+
     def __iter__(self):
         order = torch.arange(self.count)
         if self.seed is not None:
             generator = generator_for(self.seed, self.epoch)
             order = torch.randperm(self.total, generator=generator)[: self.count]
         for batch in order.split(self.batch_size)[self.start :]:
-            mine = batch[self.rank :: self.world].tolist()
-            if mine:
-                yield self.epoch, mine
+            sharing = self.sharing(len(batch))
+            mine = batch[self.rank :: sharing] if self.rank < sharing else batch[: self.least]
+            if len(mine):
+                yield self.epoch, mine.tolist()
 
 
 def on_device(loader: DataLoader, device: torch.device):

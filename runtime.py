@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from joblib import cpu_count  # knows of affinity and of container quotas
+from torch import distributed
 
 from interrupts import name_the_lost
 from options import UserError
@@ -31,7 +32,8 @@ def launch(threads: int | None = None) -> PartialState:
         # Without this each process would believe it is alone and write over the others' files.
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     # The others wait while the first process downloads: an hour, if the source is a slow one.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=2))
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=cpu, timeout=timedelta(hours=2), **_meeting_point(world))
     if state.num_processes != world:
         raise UserError(
             f"{world} processes were launched, but this one sees {state.num_processes}: on a CPU "
@@ -47,6 +49,19 @@ def launch(threads: int | None = None) -> PartialState:
     elif set_already is None or (launched and set_already == "1"):  # 1: launchers waste the others
         torch.set_num_threads(cores())
     return state
+
+
+def _meeting_point(world: int) -> dict:
+    """Where processes that torchrun has started again meet: away from what the dead ones left.
+
+    torch 2.15's own meeting point still has the addresses of the first start, and they hang.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if world == 1 or attempt == "0":
+        return {}
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = distributed.PrefixStore(attempt, distributed.TCPStore(address, port, is_master=False))
+    return {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
 
 
 def from_main(state: PartialState, work):

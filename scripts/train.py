@@ -459,7 +459,8 @@ def main(argv=None):
                 # Every picture weighs the same, in whichever part, process or short batch it is;
                 # `world` undoes the mean that Accelerate takes over the processes.
                 batch_images = train_loader.sampler.size(at.batch)
-                weight = world / batch_images
+                counted = train_loader.sampler.counts(at.batch)
+                weight = counted * world / batch_images
                 parts = max(1, min(args.accumulate, len(labels) // 2))
                 for k, (x, y) in enumerate(
                     zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
@@ -471,7 +472,7 @@ def main(argv=None):
                         accelerator.backward(loss * weight)
                     with torch.no_grad():
                         hits = (logits.argmax(1) == y).sum()
-                        losses[:2] += torch.stack([loss, hits])
+                        losses[:2] += torch.stack([loss, hits]) * counted
                 losses[2] += losses[0].isfinite()
                 if args.clip:
                     accelerator.clip_grad_norm_(model.parameters(), args.clip)

@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -113,8 +115,8 @@ def serve(command, cwd):
         process.wait(timeout=30)
 
 
-def test_two_processes_count_and_train_like_one(clone, make_folder):
-    """Two CPU processes validate and test every picture once and take the same steps as one.
+def test_processes_count_and_train_like_one(clone, make_folder):
+    """Two and four CPU processes evaluate every picture once and take the same steps as one.
 
     37 pictures to train on, 9 to validate and 11 to test: nothing divides evenly.
     """
@@ -127,6 +129,7 @@ def test_two_processes_count_and_train_like_one(clone, make_folder):
     launch = {
         "one": ".venv/bin/python",
         "two": ".venv/bin/torchrun --nproc-per-node 2",
+        "four": ".venv/bin/torchrun --nproc-per-node 4",
         "launched": ".venv/bin/accelerate launch --num_processes 1 --cpu",
     }
     tensors, metrics = {}, {}
@@ -139,8 +142,10 @@ def test_two_processes_count_and_train_like_one(clone, make_folder):
         tensors[name] = checkpoint.load(clone / weights)[0]
         metrics[name] = json.loads((clone / "runs" / name / "report/metrics.json").read_text())
     assert metrics["one"]["confusion"] == metrics["two"]["confusion"]
+    assert metrics["one"]["confusion"] == metrics["four"]["confusion"]
     for name, tensor in tensors["one"].items():
         torch.testing.assert_close(tensor, tensors["two"][name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(tensor, tensors["four"][name], rtol=0, atol=1e-5)
         assert torch.equal(tensor, tensors["launched"][name])  # and on all cores: same bits
 
 
@@ -211,6 +216,68 @@ def test_mistakes_reach_the_shell(clone):
         ".venv/bin/python scripts/predict.py gone.png --weights gone.safetensors", clone, status=2
     )
     shell("make predict", clone, status=2)
+
+
+def test_reproduce(clone):
+    """make reproduce trains again from the header alone: identical bits, or where they part."""
+    shell("make train DATA=digits ARGS='--output runs/first --seed 7'", clone)
+    run = clone / "runs" / "first"
+    for path in [*run.iterdir()]:  # the weights are enough
+        if path.name not in ("model.safetensors", ".lock"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert "identical bits: " in shell("make reproduce RUN=runs/first", clone).splitlines()[-1]
+    assert (clone / "runs" / "first-reproduced" / "model.safetensors").exists()
+
+    # Weights that claim another second epoch, from another version of torch and more threads.
+    tensors, header = checkpoint.load(run / "model.safetensors")
+    header["digests"][1][1] = "0" * 64
+    header["versions"]["torch"] = "0.1"
+    header["threads"] = 3
+    (run / "model.safetensors").write_bytes(checkpoint.encode(tensors, header))
+    said = shell("make reproduce RUN=runs/first", clone, status=2)  # make's own
+    assert "'torch': '0.1'" in said.split("pictures to train on")[0]
+    assert "3 threads, as then" in said.split("pictures to train on")[0] or os.cpu_count() > 2
+    assert "2 x 3 threads" in said or "1 x 3 threads" in said
+    steps = [step for step, _ in header["digests"]]
+    assert f"at step {steps[0]}" in said or f"after step {steps[0]}" in said
+
+
+def processes_of(clone, run):
+    """torchrun with two processes that train into runs/<run>, once they have saved."""
+    command = ".venv/bin/torchrun --nproc-per-node 2 --max-restarts 1 scripts/train.py"
+    command += f" --data digits --epochs 8 --save-every 10 --output runs/{run}"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
+    launcher = subprocess.Popen(
+        command.split(),
+        cwd=clone,
+        env={**env, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list((clone / "runs" / run / "checkpoint").glob("*-step-*")):
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.02)
+    workers = psutil.Process(launcher.pid).children(recursive=True)
+    return launcher, [w for w in workers if "scripts/train.py" in w.cmdline()]
+
+
+@pytest.mark.slow
+def test_a_process_dies_and_is_restarted(clone):
+    """The other one ends too, with a line that says which died; torchrun --max-restarts goes on,
+    and ends with the weights of an undisturbed run.
+    """
+    digests = []
+    for run, dies in (("whole", False), ("restarted", True)):
+        launcher, workers = processes_of(clone, run)
+        if dies:
+            workers[1].kill()
+        said, errors = launcher.communicate(timeout=120)
+        assert launcher.returncode == 0, errors
+        digests.append(checkpoint.load(clone / "runs" / run / "model.safetensors")[1]["sha256"])
+    assert f"error: process 1 (pid {workers[1].pid}) of 2 ended" in errors
+    assert "goes on in epoch" in said
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.slow

@@ -393,36 +393,49 @@ def test_evaluation_meets_every_picture_once(count, world):
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("count", [24, 30, 49])
+@pytest.mark.parametrize("count", [24, 27, 30, 49])
 def test_processes_share_a_batch(count, world):
-    """A step's batch holds the same pictures on any number of processes."""
+    """A step's batch holds the same pictures on any number of processes, the last one too."""
     whole = list(Batches(count, 12, seed=1))
-    parts = [list(Batches(count, 12, seed=1, rank=rank, world=world)) for rank in range(world)]
-    for step, shares in enumerate(zip(*parts, strict=True)):
-        together = joined(rows for _, rows in shares)
-        assert sorted(together) == sorted(whole[step][1])
-        assert len(together) == Batches(count, 12, 1, 0, world).size(step)
+    samplers = [Batches(count, 12, seed=1, rank=rank, world=world) for rank in range(world)]
+    for step, shares in enumerate(zip(*samplers, strict=True)):
+        own = [rows for s, (_, rows) in zip(samplers, shares, strict=True) if s.counts(step)]
+        assert sorted(joined(own)) == sorted(whole[step][1])
+        assert len(whole[step][1]) == samplers[0].size(step)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("batch", [1, 2, 3, 16])
 def test_training_batches(world, batch):
-    """Every process takes as many steps; none gets one picture where it would get more.
+    """The steps are as many on any number of processes, and every picture counts once in them.
 
-    At most one short batch is dropped, and sizes add up to what is left.
+    No process gets one picture where it would get more: a last one alone is dropped.
     """
     for count in range(2 * world, 70):
         size = batch * world
-        parts = [list(Batches(count, size, 0, rank, world)) for rank in range(world)]
-        sampler = Batches(count, size, 0, 0, world)
-        assert {len(part) for part in parts} == {len(sampler)}
+        samplers = [Batches(count, size, 0, rank, world) for rank in range(world)]
+        parts = [list(sampler) for sampler in samplers]
+        assert {len(part) for part in parts} == {len(Batches(count, size, 0))}
         if batch > 1:
             assert all(len(rows) > 1 for part in parts for _, rows in part)
-        met = joined(rows for part in parts for _, rows in part)
-        assert len(met) == len(set(met)) == sum(map(sampler.size, range(len(sampler))))
-        tail = count % size
-        keep = count < size or tail >= 2 * world
-        assert len(met) == (count if keep else count - tail)
+        met = joined(
+            rows
+            for sampler, part in zip(samplers, parts, strict=True)
+            for step, (_, rows) in enumerate(part)
+            if sampler.counts(step)
+        )
+        assert len(met) == len(set(met)) == sum(map(samplers[0].size, range(len(samplers[0]))))
+        assert len(met) == (count - 1 if count % size == 1 and size > 1 else count)
+
+
+def test_start():
+    """An epoch that is gone on with has the batches that were left, and no others."""
+    whole = list(Batches(50, 8, 3))
+    sampler = Batches(50, 8, 3)
+    sampler.start = 4
+    assert list(sampler) == whole[4:]
+    sampler.start = len(whole)
+    assert list(sampler) == []
 
 
 @pytest.mark.parametrize("world", [1, 4])
