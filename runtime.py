@@ -207,6 +207,14 @@ def settle_order(model: torch.nn.Module, images: torch.Tensor, accelerator: Acce
             buffer.copy_(before)
 
 
+def seed_step(seed: int, step: int, rank: int, world: int, device: torch.device) -> None:
+    """Have what dropout draws depend on the step and the process, and on nothing before."""
+    key = ((seed * 1_000_003 + step) * world + rank) % 2**63
+    torch.default_generator.manual_seed(key)  # torch.manual_seed is 0.1 ms slower without a GPU
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(key)
+
+
 def sync_buffers(model: torch.nn.Module, accelerator: Accelerator) -> None:
     """Average batch-norm statistics over the processes: each has seen its own pictures only.
 

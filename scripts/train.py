@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -31,13 +30,11 @@ import dataset
 import options
 import run_folder
 from dataset import on_device
+from diagnosis import explosion, largest_gradient, memory_advice
 from images import draw_grid
 from model import create_model, network_defaults
-from options import OutsideError, UserError, interval, number
+from options import UserError, interval, number
 from transforms import AUGMENTATIONS, Prepare, augment, channel_statistics
-
-# Options that change no bit of the weights: an interrupted run may go on with others.
-FREE = {"output", "workers", "log_every", "save_every", "save_every_epoch"}
 
 
 def build_parser() -> options.Parser:
@@ -112,18 +109,6 @@ def run_name(args) -> str:
     return f"{Path(args.data).resolve().name}-{args.model.replace('/', '-')}"
 
 
-def differences(parser, run: Path, args) -> str:
-    """How the options of a run differ from these in what its weights depend on, in words."""
-    try:
-        before = options.stored(options.parse(parser, ["--config", run / "options.yaml"]))
-    except UserError:
-        return "its options.yaml cannot be read"
-    changed = [k for k, v in options.stored(args).items() if k not in FREE and before[k] != v]
-    return ", ".join(
-        f"--{k.replace('_', '-')} was {before[k]}, now {getattr(args, k)}" for k in changed
-    )
-
-
 def describe(record: dict, epochs: int, left: float) -> str:
     """An epoch's line on the console."""
     line = f"epoch {record['epoch']}/{epochs}"
@@ -173,54 +158,16 @@ def introduce(args, data, model, accelerator) -> str:
     return "\n".join(lines)
 
 
-def trouble(loss: float, at, lr: float, gradient: tuple, run: Path) -> str:
-    """What is said of a loss that is not a number or infinite."""
-    layer, norm, step = gradient
-    kept = f"the weights of epoch {at.best['epoch']} are in {run}" if at.best else "none are kept"
-    return (
-        f"the loss is {loss} in epoch {at.epoch + 1} at step {at.step}, lr {lr:.2g}; the largest "
-        f"gradient was that of {layer}, {norm:.2g} at step {step}: lower --lr, or give --clip; "
-        f"{kept}"
-    )
-
-
-def largest_gradient(model: torch.nn.Module, step: int, before: tuple | None) -> tuple:
-    """The parameter with the largest gradient, its norm and the step; the last that was finite."""
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    norms = torch.stack([g.norm() for g in gradients.values()]).nan_to_num(nan=math.inf)
-    largest = norms.max().item()
-    if before and math.isinf(largest):
-        return before
-    return list(gradients)[norms.argmax()], largest, step
-
-
-@contextlib.contextmanager
-def memory_advice(args):
-    """Say what to try where a GPU's memory does not suffice."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutsideError(
-            f"out of GPU memory with --batch-size {args.batch_size} --accumulate "
-            f"{args.accumulate}: try --accumulate {2 * args.accumulate}, which gives the same "
-            f"result, or --batch-size {max(1, args.batch_size // 2)}"
-        ) from error
-
-
-def restore(saved: dict, model, optimizer, accelerator) -> None:
-    """Put a checkpoint's state into a prepared model and optimizer."""
-    rank, plain = accelerator.process_index, accelerator.unwrap_model(model)
-    plain.load_state_dict(saved["model"])
-    own = saved["buffers"][rank % len(saved["buffers"])]  # batch norm's, of this process
-    for name, buffer in plain.named_buffers():
-        buffer.copy_(own[name])
-    optimizer.load_state_dict(saved["optimizer"])
-    for p, state in optimizer.state.items():
-        for key, value in state.items():
-            if torch.is_tensor(value) and value.shape == p.shape:  # channels_last, as p is
-                state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
-    if accelerator.scaler:
-        accelerator.scaler.load_state_dict(saved["scaler"])
+def summarise(at: SimpleNamespace, finished: bool) -> bytes:
+    """metrics.json."""
+    summary = {
+        "best_epoch": at.best["epoch"],
+        "val_accuracy": at.best.get("val_accuracy"),
+        "train_seconds": sum(record["seconds"] for record in at.history),
+        "seconds": at.seconds,
+        "finished": finished,
+    }
+    return json.dumps({"epochs": at.history, "summary": summary}, indent=1).encode()
 
 
 def main(argv=None):
@@ -230,18 +177,17 @@ def main(argv=None):
     if args.resume:
         run = run_folder.find(args.resume)
         args = options.parse(parser, argv, recipe=run / "options.yaml")
-        if different := differences(parser, run, args):
-            raise UserError(f"--resume {run}: {different}; leave that out, or --resume")
     if args.model:
         network_defaults(args.model)  # a misspelt name ends here, before any download
     # These take seconds to import, which --help and a misspelt option need not wait for.
-    from accelerate.utils import gather_object
-
+    import recovery
     import runtime
     from curves import Curves
     from interrupts import Interrupts
     from metrics import evaluate, evaluation_batch, figures
 
+    if args.resume and (different := recovery.differences(parser, run, args)):
+        raise UserError(f"--resume {run}: {different}; leave that out, or --resume")
     state = runtime.launch(args.threads)
     args.data = runtime.from_main(state, lambda: dataset.choose(args.data))
     typed = args
@@ -313,44 +259,25 @@ def main(argv=None):
     runtime.settle_order(model, prepare(black), accelerator)
 
     # The run folder: of the unfinished run with these options, or a new one.
-    def claim():
-        if args.resume:
-            return run_folder.resumed(run)
-        # Processes that torchrun has started again go on in any case.
-        wanted = args.resume is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        folder = args.output or options.RUNS / run_name(args)
-        return run_folder.claim(folder, lambda run: differences(parser, run, args), wanted)
-
-    run, newest, notes = runtime.from_main(state, claim)
-    data.notes += notes
+    folder = args.output or options.RUNS / run_name(args)
+    run, newest, notes = runtime.from_main(state, lambda: recovery.find_run(parser, args, folder))
 
     # Where this run is: `batch` and `step` count what is done, of the epoch and of the run; losses
     # [world, 3] are each process's loss, hits and steps with a finite loss since `logged`.
     at = SimpleNamespace(epoch=0, batch=0, step=0, seconds=0.0, epoch_seconds=0.0, history=[])
     at.sums, at.losses, at.images, at.logged = torch.zeros(3), torch.zeros(world, 3), 0, 0
-    at.best, at.best_score, best_weights, unwritten = None, None, None, {}
+    at.best, at.best_score, at.data_sha256 = None, None, data.sha256
     if newest:
-        saved = checkpoint.load_checkpoint(newest)
-        if saved["data_sha256"] != data.sha256:
+        at, changes = recovery.restore(newest, model, optimizer, accelerator)
+        notes += changes
+        if at.data_sha256 != data.sha256:
             raise UserError(f"{run}: the pictures have changed since; begin anew with --no-resume")
-        torch.set_num_threads(saved["circumstances"]["threads"])
-        for key, now in runtime.circumstances(accelerator.mixed_precision).items():
-            if now != (before := saved["circumstances"][key]):
-                data.notes.append(f"{key} was {before}, is {now}: the last bits may differ")
-        restore(saved, model, optimizer, accelerator)
-        at = SimpleNamespace(**saved["progress"])
-        data.notes.append(f"{run} goes on in epoch {at.epoch + 1} after {at.batch} batches")
+    data.notes += notes
     losses = at.losses[rank::world].sum(0).to(device)
-
-    # What only the first process does: write files, and TensorBoard's curves.
     if is_main:
         checkpoint.atomic_write(run / "options.yaml", options.as_yaml(options.stored(args)))
-        if newest and (newest / "model.safetensors").exists():
-            best_weights = (newest / "model.safetensors").read_bytes()
-            checkpoint.atomic_write(run / "model.safetensors", best_weights)
-        curves = Curves(run, at.step)
-    kept_weights = best_weights
-    circumstances = runtime.circumstances(accelerator.mixed_precision)
+    curves = Curves(run, at.step) if is_main else None
+    saver = recovery.Saver(run, newest, args.save_every, curves)
     header = {
         "model": args.model,
         "model_args": model_args,
@@ -365,66 +292,17 @@ def main(argv=None):
         "data": args.data,
         "data_sha256": data.sha256,
         "options": options.stored(args),
-        **circumstances,
+        **runtime.circumstances(accelerator.mixed_precision),
     }
     say(introduce(args, data, plain, accelerator))
 
     def save(last: bool = False) -> None:
-        """Write a checkpoint and what else is unwritten; only the last time may that not fail."""
-        nonlocal saved_when
-        at.losses = accelerator.gather(losses[None])
-        at.seconds = time.perf_counter() - began
-        buffers = {name: buffer.cpu() for name, buffer in plain.named_buffers()}
-        content = {
-            "progress": vars(at),
-            "model": plain.state_dict(),
-            "buffers": gather_object([buffers]) if world > 1 else [buffers],
-            "optimizer": optimizer.state_dict(),
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-            "data_sha256": data.sha256,
-            "circumstances": circumstances,
-        }
-
-        def write():
-            nonlocal newest, kept_weights
-            curves.flush(at.step)
-            try:
-                for path in list(unwritten):
-                    path.parent.mkdir(exist_ok=True)
-                    checkpoint.atomic_write(path, unwritten[path])
-                    del unwritten[path]
-                newest = checkpoint.save_checkpoint(
-                    run / "checkpoint", at.step, content, best_weights, newest
-                )
-                if best_weights is not kept_weights:  # weights always have a checkpoint
-                    checkpoint.atomic_write(run / "model.safetensors", best_weights)
-                    kept_weights = best_weights
-            except OSError as error:
-                if last:
-                    raise
-                say(f"not saved at step {at.step}, training goes on: {error}")
-
-        runtime.from_main(state, write)
-        saved_when = time.perf_counter()
-
-    def summarise(finished: bool) -> bytes:
-        """metrics.json so far."""
-        summary = {
-            "best_epoch": at.best["epoch"],
-            "val_accuracy": at.best.get("val_accuracy"),
-            "train_seconds": sum(record["seconds"] for record in at.history),
-            "seconds": time.perf_counter() - began,
-            "finished": finished,
-        }
-        return json.dumps({"epochs": at.history, "summary": summary}, indent=1).encode()
+        at.losses, at.seconds = accelerator.gather(losses[None]), time.perf_counter() - began
+        saver.save(at.step, recovery.capture(at, model, optimizer, accelerator), last)
 
     total = args.epochs * len(train_loader)
-    save_steps = int(args.save_every) if args.save_every.isdecimal() else 0
-    save_seconds = 0 if save_steps else options.duration(args.save_every)
-    gradient = None
-    saved_when = time.perf_counter()
-    began = saved_when - at.seconds
-    with Interrupts(world) as interrupts, memory_advice(args):
+    began, gradient = time.perf_counter() - at.seconds, None
+    with Interrupts(world) as interrupts, memory_advice(args.batch_size, args.accumulate):
         while at.epoch < args.epochs:
             # Train.  In a step nothing is read back from the device, but the loss at times: every
             # --log-every, and in the first steps, where a learning rate that is too high shows.
@@ -440,12 +318,7 @@ def main(argv=None):
                 disable=None if is_main else True,
             )
             for images, labels, index in batches:
-                # What dropout draws depends on the step and the process, and on nothing before.
-                # (torch.manual_seed takes 0.1 ms where a GPU could be, and is not.)
-                key = ((args.seed * 1_000_003 + at.step) * world + rank) % 2**63
-                torch.default_generator.manual_seed(key)
-                if device.type != "cpu":
-                    torch.get_device_module(device).manual_seed(key)
+                runtime.seed_step(args.seed, at.step, rank, world, device)
                 lr = args.lr * lr_factor(at.step, total, args.warmup, args.schedule)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -484,16 +357,15 @@ def main(argv=None):
                 at.batch, at.step, at.images = at.batch + 1, at.step + 1, at.images + batch_images
                 at.epoch_seconds = time.perf_counter() - epoch_began
 
-                late = save_seconds and is_main and time.perf_counter() - saved_when > save_seconds
-                is_due = interrupts.agree(late)
-                is_due |= bool(save_steps) and at.step % save_steps == 0
+                is_due = interrupts.agree(saver.is_late()) or saver.is_due(at.step)
                 ends = at.batch == len(train_loader)
                 if look or ends or is_due or interrupts.stop:
                     loss, hits, finite = accelerator.reduce(losses).tolist()
                     if not math.isfinite(loss):
-                        at.step = at.logged + int(finite / world) + 1
-                        lr = args.lr * lr_factor(at.step - 1, total, args.warmup, args.schedule)
-                        raise UserError(trouble(loss, at, lr, gradient, run))
+                        step = at.logged + int(finite / world) + 1  # the first one that was not
+                        lr = args.lr * lr_factor(step - 1, total, args.warmup, args.schedule)
+                        kept = run / "model.safetensors" if at.best else ""
+                        raise UserError(explosion(loss, at.epoch + 1, step, lr, gradient, kept))
                 if at.step % args.log_every == 0 or ends:
                     if is_main:
                         curves.add("scalar", "train_loss", loss / at.images, at.step)
@@ -541,10 +413,11 @@ def main(argv=None):
                 header |= {"epoch": at.epoch, "validation": record, "digests": digests}
                 weights = checkpoint.encode(plain.state_dict(), header)
                 if better:
-                    best_weights = weights
+                    saver.weights = weights
                 if args.save_every_epoch:
-                    unwritten[run / "epochs" / f"epoch-{at.epoch:03d}.safetensors"] = weights
-                unwritten[run / "metrics.json"] = summarise(finished=False)
+                    saver.files[run / "epochs" / f"epoch-{at.epoch:03d}.safetensors"] = weights
+                at.seconds = time.perf_counter() - began
+                saver.files[run / "metrics.json"] = summarise(at, finished=False)
                 for key, value in record.items():
                     if key not in ("step", "weights_sha256"):
                         curves.add("scalar", f"epoch/{key}", value, at.step)
@@ -556,8 +429,8 @@ def main(argv=None):
 
     # Where the weights are, and which command comes next.
     if is_main and not interrupts.stop:
-        checkpoint.atomic_write(run / "metrics.json", summarise(finished=True))
-        results = {f"result/{k}": v for k, v in at.best.items() if k[:4] in ("trai", "val_")}
+        checkpoint.atomic_write(run / "metrics.json", summarise(at, finished=True))
+        results = {f"result/{k}": v for k, v in at.best.items() if k.startswith(("train_", "val_"))}
         curves.add_hparams(options.stored(args), results, at.step)
         reached = f", validation accuracy {at.best['val_accuracy']:.2%}" if val else ""
         weights = run / "model.safetensors"

@@ -1,0 +1,44 @@
+"""What went wrong in training, in a line that says what to try."""
+
+import contextlib
+import math
+
+import torch
+
+from options import OutsideError
+
+
+def largest_gradient(model: torch.nn.Module, step: int, before: tuple | None) -> tuple:
+    """The parameter with the largest gradient, its norm and the step; the last that was finite."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norms = torch.stack([g.norm() for g in gradients.values()]).nan_to_num(nan=math.inf)
+    largest = norms.max().item()
+    if before and math.isinf(largest):
+        return before
+    return list(gradients)[norms.argmax()], largest, step
+
+
+def explosion(loss: float, epoch: int, step: int, lr: float, gradient: tuple, kept) -> str:
+    """What is said of a loss that is infinite or not a number.
+
+    gradient: as largest_gradient() found it.  kept: where good weights are, '' if nowhere.
+    """
+    layer, norm, when = gradient
+    return (
+        f"the loss is {loss} in epoch {epoch} at step {step}, lr {lr:.2g}; the largest gradient "
+        f"was that of {layer}, {norm:.2g} at step {when}: lower --lr, or give --clip; "
+        + (f"the last good weights are in {kept}" if kept else "no weights are kept yet")
+    )
+
+
+@contextlib.contextmanager
+def memory_advice(batch_size: int, accumulate: int):
+    """Say what to try where a GPU's memory does not suffice.  Errors: OutsideError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutsideError(
+            f"out of GPU memory with --batch-size {batch_size} --accumulate {accumulate}: try "
+            f"--accumulate {2 * accumulate}, which gives the same result, or --batch-size "
+            f"{max(1, batch_size // 2)}"
+        ) from error
