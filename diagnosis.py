@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from options import OutsideError
+from options import OutsideError, UserError
 
 
 def largest_gradient(model: torch.nn.Module, step: int, before: tuple | None) -> tuple:
@@ -32,8 +32,8 @@ def explosion(loss: float, epoch: int, step: int, lr: float, gradient: tuple, ke
 
 
 @contextlib.contextmanager
-def memory_advice(batch_size: int, accumulate: int):
-    """Say what to try where a GPU's memory does not suffice.  Errors: OutsideError."""
+def advice(batch_size: int, accumulate: int):
+    """Say what to try where a GPU has too little memory, or no way to the same bits every time."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -42,3 +42,8 @@ def memory_advice(batch_size: int, accumulate: int):
             f"--accumulate {2 * accumulate}, which gives the same result, or --batch-size "
             f"{max(1, batch_size // 2)}"
         ) from error
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" in str(error):
+            operation = str(error).split()[0]
+            raise UserError(f"{operation} has only a random order: no --deterministic") from error
+        raise

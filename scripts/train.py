@@ -30,7 +30,7 @@ import dataset
 import options
 import run_folder
 from dataset import on_device
-from diagnosis import explosion, largest_gradient, memory_advice
+from diagnosis import advice, explosion, largest_gradient
 from images import draw_grid
 from model import create_model, network_defaults
 from options import UserError, interval, number
@@ -302,7 +302,7 @@ def main(argv=None):
 
     total = args.epochs * len(train_loader)
     began, gradient = time.perf_counter() - at.seconds, None
-    with Interrupts(world) as interrupts, memory_advice(args.batch_size, args.accumulate):
+    with Interrupts(world) as interrupts, advice(args.batch_size, args.accumulate):
         while at.epoch < args.epochs:
             # Train.  In a step nothing is read back from the device, but the loss at times: every
             # --log-every, and in the first steps, where a learning rate that is too high shows.

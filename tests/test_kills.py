@@ -105,7 +105,7 @@ def test_kills(settings, tmp_path, request):
         while True:
             shutil.rmtree(run, ignore_errors=True)
             process = start(setting, run)
-            time.sleep(generator.uniform(0.1, 0.95) * seconds)
+            time.sleep(generator.uniform(0.4, 0.98) * seconds)
             if process.poll() is None:
                 end(process, way, run)
                 if not is_finished(run):

@@ -407,6 +407,28 @@ def test_out_of_memory(command, monkeypatch, capsys):
     assert "--accumulate 4" in error and "--batch-size 4" in error and len(error.splitlines()) == 1
 
 
+def test_deterministic(command, undisturbed, tmp_path, monkeypatch, capsys):
+    """--deterministic has torch refuse what has no fixed order, in one line, and changes no bit."""
+    try:
+        assert call(*command, "--deterministic") == 0
+        assert torch.are_deterministic_algorithms_enabled()
+        assert outcome(tmp_path / "run") == undisturbed
+        message = "put_ does not have a deterministic implementation, but you set …"
+
+        def refuse(*_, **__):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(train.F, "cross_entropy", refuse)
+        assert call(*command, "--deterministic") == 2
+        error = capsys.readouterr().err
+        assert "put_" in error and "--deterministic" in error and len(error.splitlines()) == 1
+        message = "another"
+        with pytest.raises(RuntimeError, match="another"):
+            call(*command, "--deterministic")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_vanished_picture(make_folder, tmp_path, monkeypatch, capsys):
     """A photograph that is gone when its turn comes ends the run in one line that names it."""
     photos = make_folder(tmp_path / "photos", {"train": 9, "val": 2}, size=(90, 70), suffix=".jpg")
