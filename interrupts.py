@@ -4,6 +4,8 @@ With several processes a decision is taken by all of them at the same step, and 
 dies the others say which, instead of waiting for it.
 """
 
+import atexit
+import multiprocessing
 import os
 import platform
 import signal
@@ -80,6 +82,13 @@ def ignore_signals(worker: int) -> None:
     """
     for number in STATUS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python would ask those that are left to end, by a signal, and wait for them for ever."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def name_the_lost(rank: int) -> None:

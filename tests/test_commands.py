@@ -242,6 +242,36 @@ def test_reproduce(clone):
     assert f"at step {steps[0]}" in said or f"after step {steps[0]}" in said
 
 
+@pytest.mark.parametrize(
+    ("name", "times", "status"), [("TERM", 1, 143), ("INT", 1, 130), ("INT", 2, 130)]
+)
+def test_a_signal_to_all_processes(clone, make_folder, name, times, status):
+    """A signal to those that decode photographs too, as a terminal and schedulers send it: the run
+    still saves, and all of them end; at the second Ctrl-C at once.
+    """
+    make_folder(clone / "photos", {"train": 9, "val": 2}, size=(90, 70), suffix=".jpg")
+    words = "--data photos --model lenet --image-size 64 --batch-size 8 --epochs 999 --workers 2"
+    command = f".venv/bin/python scripts/train.py {words} --output runs/group-{name}{times}"
+    process = subprocess.Popen(
+        command.split(),
+        cwd=clone,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not list((clone / f"runs/group-{name}{times}/checkpoint").glob("*-step-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    for _ in range(times):
+        os.killpg(process.pid, getattr(signal, f"SIG{name}"))
+        time.sleep(0.002)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert "Traceback" not in said
+    assert times == 2 or "the same command goes on" in said.splitlines()[-1]
+
+
 def processes_of(clone, run, count):
     """torchrun with so many processes that train into runs/<run>, once they have saved."""
     command = f".venv/bin/torchrun --nproc-per-node {count} --max-restarts 1 scripts/train.py"
