@@ -17,10 +17,10 @@ endif
 PROCESSES ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),1)
 
 BIN := $(VENV)/bin
-# One process needs no launcher.  torchrun would set one thread with a warning, so it is set here;
+# One process needs no launcher.  `exec` lets a signal to make reach it, past the shell.  torchrun would set one thread with a warning, so it is set here;
 # runtime.py then gives each process its share of the cores.
-export TORCHELASTIC_SIGNALS_TO_HANDLE ?= SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-LAUNCH := $(if $(filter 1,$(PROCESSES)),$(BIN)/python,OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES))
+export PET_SIGNALS_TO_HANDLE ?= SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+LAUNCH := exec $(if $(filter 1,$(PROCESSES)),$(BIN)/python,env OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES))
 WEIGHTS := $(if $(RUN),--weights '$(RUN)/model.safetensors')
 FROM := $(if $(DATA),--data '$(DATA)')
 OPTIONS := $(FROM) $(if $(MODEL),--model '$(MODEL)') $(if $(RECIPE),--config '$(RECIPE)')

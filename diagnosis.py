@@ -33,7 +33,7 @@ def explosion(loss: float, epoch: int, step: int, lr: float, gradient: tuple, ke
 
 @contextlib.contextmanager
 def advice(batch_size: int, accumulate: int):
-    """Say what to try where a GPU has too little memory, or no way to the same bits every time."""
+    """Say what to try where memory is short, or a GPU has no way to the same bits every time."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -46,4 +46,7 @@ def advice(batch_size: int, accumulate: int):
         if "does not have a deterministic implementation" in str(error):
             operation = str(error).split()[0]
             raise UserError(f"{operation} has only a random order: no --deterministic") from error
+        if str(error).startswith("DataLoader worker"):  # Linux kills one where memory is short
+            reason = f"{' '.join(str(error).split())} If memory was short, try fewer --workers"
+            raise OutsideError(f"{reason}; the same command goes on") from error
         raise

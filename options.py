@@ -36,7 +36,7 @@ def run(main, argv=None) -> int:
     """
     for stream in (sys.stdout, sys.stderr):  # file names need not be UTF-8
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="surrogateescape")
+            stream.reconfigure(errors="surrogateescape", line_buffering=True)
     try:
         status = main(argv) or 0
         sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported

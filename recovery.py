@@ -46,12 +46,13 @@ def find_run(parser: options.Parser, args, folder: Path) -> tuple[Path, Path | N
     return run_folder.claim(folder, lambda run: differences(parser, run, args), wanted)
 
 
-def capture(at: SimpleNamespace, model, optimizer, accelerator: Accelerator) -> dict:
+def capture(at: SimpleNamespace, data_sha256: str, model, optimizer, accelerator) -> dict:
     """All that the next step depends on, for save_checkpoint().  Every process calls this."""
     plain = accelerator.unwrap_model(model)
     buffers = [{name: buffer.cpu() for name, buffer in plain.named_buffers()}]
     return {
         "progress": vars(at),
+        "data_sha256": data_sha256,
         "model": plain.state_dict(),
         "buffers": gather_object(buffers) if accelerator.num_processes > 1 else buffers,
         "optimizer": optimizer.state_dict(),
@@ -60,22 +61,31 @@ def capture(at: SimpleNamespace, model, optimizer, accelerator: Accelerator) -> 
     }
 
 
-def restore(path: Path, model, optimizer, accelerator: Accelerator) -> tuple:
+def restore(path: Path, data_sha256: str, model, optimizer, accelerator: Accelerator) -> tuple:
     """Put a checkpoint into a prepared model and optimizer; how far it is, and what has changed.
 
     The number of threads, which has a say in the last bits, is set to that of the checkpoint.
+    Errors: UserError where it was trained on other pictures, or does not fit.
     """
-    saved, notes = checkpoint.load_checkpoint(path), []
+    saved, notes, run = checkpoint.load_checkpoint(path), [], path.parents[1]
+    if saved["data_sha256"] != data_sha256:
+        raise UserError(f"{run}: the pictures have changed since; begin anew with --no-resume")
     torch.set_num_threads(saved["circumstances"]["threads"])
     for key, now in runtime.circumstances(accelerator.mixed_precision).items():
         if now != (before := saved["circumstances"][key]):
             notes.append(f"{key} was {before}, is {now}: the last bits may differ")
     plain = accelerator.unwrap_model(model)
-    plain.load_state_dict(saved["model"])
+    try:
+        plain.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{path}: is not of this network ({str(error).splitlines()[-1].strip()}); begin anew "
+            "with --no-resume"
+        ) from error
     own = saved["buffers"][accelerator.process_index % len(saved["buffers"])]
     for name, buffer in plain.named_buffers():
         buffer.copy_(own[name])
-    optimizer.load_state_dict(saved["optimizer"])
     for p, state in optimizer.state.items():
         for key, value in state.items():
             if torch.is_tensor(value) and value.shape == p.shape:  # channels_last, as p is
@@ -83,7 +93,7 @@ def restore(path: Path, model, optimizer, accelerator: Accelerator) -> tuple:
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(saved["scaler"])
     at = SimpleNamespace(**saved["progress"])
-    notes.append(f"{path.parents[1]} goes on in epoch {at.epoch + 1} after {at.batch} batches")
+    notes.append(f"{run} goes on in epoch {at.epoch + 1} after {at.batch} batches")
     return at, notes
 
 

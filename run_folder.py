@@ -5,6 +5,7 @@
 A finished run is never overwritten.  An unfinished one is continued by the command that began it.
 """
 
+import contextlib
 import glob
 import itertools
 import json
@@ -49,7 +50,7 @@ def claim(folder: str | Path, compare, resume: bool = True) -> tuple[Path, Path 
             if run.is_dir():
                 if not os.access(run, os.R_OK | os.W_OK | os.X_OK):
                     raise UserError(f"--output {run}: no permission; name another folder")
-                if any(path.name != ".lock" for path in run.iterdir()):
+                if any(not path.name.startswith(".") for path in run.iterdir()):
                     continue
             run.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
@@ -141,12 +142,13 @@ def _lock(run: Path) -> str:
 
 
 def point_latest(run: Path) -> None:
-    """Make runs/latest name this run."""
-    options.RUNS.mkdir(exist_ok=True)
+    """Make runs/latest name this run; where that cannot be written, the run goes on without."""
     aside = options.RUNS / f".latest.{os.getpid()}"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(os.path.relpath(run.resolve(), options.RUNS.resolve()))
-    os.replace(aside, options.RUNS / "latest")
+    with contextlib.suppress(OSError):
+        options.RUNS.mkdir(exist_ok=True)
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(os.path.relpath(run.resolve(), options.RUNS.resolve()))
+        os.replace(aside, options.RUNS / "latest")
 
 
 def latest_weights() -> Path:

@@ -97,7 +97,7 @@ def report(args, weights: Path, header: dict, data: dataset.Data, split: str, ro
     captions = [f"{classes[true]}\n-> {classes[guess]}" for true, guess in names]
     grid = pictures.draw_grid(images, captions, (labels != predicted).tolist())
     atomic_write(output / "report" / "predictions.png", pictures.encode_png(grid))
-    with SummaryWriter(output) as writer:
+    with SummaryWriter(output / "report") as writer:
         writer.add_image(f"{split}_predictions", grid, epoch)
         for key in ("loss", "top1", "top5", "macro_precision", "macro_recall", "macro_f1"):
             writer.add_scalar(f"{split}/{key}", result[key], epoch)

@@ -266,12 +266,10 @@ def main(argv=None):
     # [world, 3] are each process's loss, hits and steps with a finite loss since `logged`.
     at = SimpleNamespace(epoch=0, batch=0, step=0, seconds=0.0, epoch_seconds=0.0, history=[])
     at.sums, at.losses, at.images, at.logged = torch.zeros(3), torch.zeros(world, 3), 0, 0
-    at.best, at.best_score, at.data_sha256 = None, None, data.sha256
+    at.best, at.best_score = None, None
     if newest:
-        at, changes = recovery.restore(newest, model, optimizer, accelerator)
+        at, changes = recovery.restore(newest, data.sha256, model, optimizer, accelerator)
         notes += changes
-        if at.data_sha256 != data.sha256:
-            raise UserError(f"{run}: the pictures have changed since; begin anew with --no-resume")
     data.notes += notes
     losses = at.losses[rank::world].sum(0).to(device)
     if is_main:
@@ -298,7 +296,8 @@ def main(argv=None):
 
     def save(last: bool = False) -> None:
         at.losses, at.seconds = accelerator.gather(losses[None]), time.perf_counter() - began
-        saver.save(at.step, recovery.capture(at, model, optimizer, accelerator), last)
+        content = recovery.capture(at, data.sha256, model, optimizer, accelerator)
+        saver.save(at.step, content, last)
 
     total = args.epochs * len(train_loader)
     began, gradient = time.perf_counter() - at.seconds, None
@@ -349,7 +348,11 @@ def main(argv=None):
                 losses[2] += losses[0].isfinite()
                 if args.clip:
                     accelerator.clip_grad_norm_(model.parameters(), args.clip)
-                look = at.step < args.log_every or (at.step + 1) % args.log_every == 0
+                look = (
+                    gradient is None
+                    or at.step < args.log_every
+                    or (at.step + 1) % args.log_every == 0
+                )
                 if look:
                     gradient = largest_gradient(plain, at.step + 1, gradient)
                 optimizer.step()
@@ -379,11 +382,11 @@ def main(argv=None):
                     save()
 
             # Validate.
-            rows = None
             if not interrupts.stop:
                 runtime.sync_buffers(plain, accelerator)
-                rows = evaluate(plain, val_loader, prepare, accelerator, interrupts) if val else ()
-            if rows is None:
+                if val:
+                    rows = evaluate(plain, val_loader, prepare, accelerator, interrupts)
+            if interrupts.stop:
                 save(last=True)
                 break
             record = {
@@ -399,6 +402,11 @@ def main(argv=None):
             if val:
                 result = figures(rows, len(data.classes))
                 record |= {"val_loss": result["loss"], "val_accuracy": result["top1"]}
+                if not math.isfinite(result["loss"]):  # the last step was one too many
+                    kept = saver.kept and run / "model.safetensors"
+                    raise UserError(
+                        explosion(result["loss"], at.epoch + 1, at.step, lr, gradient, kept)
+                    )
             at.history.append(record)
 
             # Save and log.  Without validation pictures the last weights are kept, else the best.
@@ -429,9 +437,11 @@ def main(argv=None):
 
     # Where the weights are, and which command comes next.
     if is_main and not interrupts.stop:
+        was_finished = run_folder.is_finished(run)
         checkpoint.atomic_write(run / "metrics.json", summarise(at, finished=True))
         results = {f"result/{k}": v for k, v in at.best.items() if k.startswith(("train_", "val_"))}
-        curves.add_hparams(options.stored(args), results, at.step)
+        if not was_finished:
+            curves.add_hparams(options.stored(args), results, at.step)
         reached = f", validation accuracy {at.best['val_accuracy']:.2%}" if val else ""
         weights = run / "model.safetensors"
         print(f"weights of epoch {at.best['epoch']}{reached}: {weights}")

@@ -314,6 +314,33 @@ def test_changed_pictures(command, pictures, monkeypatch, capsys):
     assert "--no-resume" in capsys.readouterr().err
 
 
+def test_another_class(command, pictures, make_folder, monkeypatch, capsys):
+    """Nor with another class, whose network would be another one."""
+    interrupted(command, monkeypatch)
+    make_folder(pictures, {"train": 3, "val": 1}, classes=("wasps",), size=(12, 12))
+    capsys.readouterr()
+    assert call(*command) == 2
+    error = capsys.readouterr().err
+    assert "--no-resume" in error and len(error.splitlines()) == 1
+
+
+def test_an_explosion_again(command, tmp_path, capsys):
+    """The same command after an explosion ends in the same line, wherever it goes on."""
+    words = ["--optimizer", "sgd", "--lr", "1e4", "--save-every", "1", "--log-every", "50"]
+    for _ in range(2):
+        assert call(*command, *words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: the loss is ") and len(error.splitlines()) == 1
+
+
+def test_an_explosion_in_the_last_step(command, tmp_path, capsys):
+    """Weights that the last step of an epoch ruined are not kept as the best."""
+    words = ["--optimizer", "sgd", "--momentum", "0", "--lr", "1e18", "--schedule", "constant"]
+    assert call(*command, *words, "--batch-size", "64") == 2
+    assert "error: the loss is " in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_threads_are_restored(command, undisturbed, tmp_path, monkeypatch, capsys):
     """The number of threads has a say in the last bits: a run keeps that it began with."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
@@ -422,6 +449,9 @@ def test_deterministic(command, undisturbed, tmp_path, monkeypatch, capsys):
         assert call(*command, "--deterministic") == 2
         error = capsys.readouterr().err
         assert "put_" in error and "--deterministic" in error and len(error.splitlines()) == 1
+        message = "DataLoader worker (pid 7) is killed by signal: Killed."
+        assert call(*command, "--deterministic") == 1
+        assert "fewer --workers" in capsys.readouterr().err
         message = "another"
         with pytest.raises(RuntimeError, match="another"):
             call(*command, "--deterministic")
