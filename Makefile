@@ -3,6 +3,7 @@
 DATA ?=
 MODEL ?=
 RECIPE ?=
+TIME ?=
 RUN ?=
 IMAGE ?=
 ARGS ?=
@@ -23,13 +24,14 @@ export PET_SIGNALS_TO_HANDLE ?= SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 LAUNCH := exec $(if $(filter 1,$(PROCESSES)),$(BIN)/python,env OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES))
 WEIGHTS := $(if $(RUN),--weights '$(RUN)/model.safetensors')
 FROM := $(if $(DATA),--data '$(DATA)')
-OPTIONS := $(FROM) $(if $(MODEL),--model '$(MODEL)') $(if $(RECIPE),--config '$(RECIPE)')
+OPTIONS := $(FROM) $(if $(MODEL),--model '$(MODEL)') $(if $(RECIPE),--config '$(RECIPE)') $(if $(TIME),--time '$(TIME)')
 
-.PHONY: help setup data train test predict tensorboard reproduce check check-all clean
+.PHONY: help setup data train test predict tensorboard reproduce bench check check-all clean
 
 help:
 	@echo 'make setup                     make $(VENV) and install what the commands need'
-	@echo 'make train                     fetch CIFAR-10, train, measure   [DATA= MODEL= RECIPE= PROCESSES= ARGS=]'
+	@echo 'make train                     fetch CIFAR-10, train, measure   [DATA= MODEL= RECIPE= TIME= PROCESSES= ARGS=]'
+	@echo 'make train TIME=60s            the best network that a minute of training gives on this machine (5m, 2h)'
 	@echo 'make train DATA=digits         the same on bundled handwritten digits, in under a minute'
 	@echo 'make train DATA=my/pictures    the same on a folder: train/<class>/*.jpg, or <class>/*.jpg'
 	@echo 'make data DATA=mnist           only fetch: cifar10 cifar100 mnist fashion-mnist digits   [ARGS=]'
@@ -37,6 +39,7 @@ help:
 	@echo 'make predict IMAGE=img.png     name what is in pictures   [RUN= ARGS=]'
 	@echo 'make tensorboard               look at the curves of all runs'
 	@echo 'make reproduce RUN=runs/name   train the newest (or that) run again, and compare the bits   [ARGS=]'
+	@echo 'make bench                     compare speeds with what people use otherwise: half an hour   [DATA= ARGS=]'
 	@echo 'make check                     unit tests of this code (ruff + pytest); check-all: the slow ones too'
 	@echo 'make clean                     remove the environment and caches, but no data and no run'
 
@@ -70,6 +73,9 @@ tensorboard: setup
 
 reproduce: setup
 	$(BIN)/python scripts/reproduce.py $(if $(RUN),'$(RUN)/model.safetensors') $(ARGS)
+
+bench: setup
+	$(BIN)/python scripts/bench.py $(FROM) $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -79,7 +79,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def encode(state: dict[str, Tensor], header: dict) -> bytes:
-    """A weights file of a model's state_dict and its header; see load() for the header's keys."""
+    """A weights file of a model's state_dict and a header, see read_header()."""
     tensors = {name: _plain(tensor) for name, tensor in state.items()}
     header = {"format": FORMAT, "version": VERSION, **header, "sha256": digest(tensors)}
     metadata = {k: v if k in TEXT else json.dumps(v, ensure_ascii=False) for k, v in header.items()}
@@ -93,8 +93,8 @@ def read_header(path: str | Path) -> dict:
     (names, in the order of the outputs), channels, image_size (height and width that pictures are
     read at), crop (share of a picture that a centre crop keeps), input_size (what the network is
     fed), mean, std (0..1 scale), data, data_sha256, epoch, validation, digests ([step, sha256 of
-    the weights] of every epoch so far), options, versions, device, precision, threads, processes,
-    sha256 (of the tensors).
+    the weights] of every epoch so far), plan (see clock.Plan's marks), options, versions, device,
+    precision, threads, processes, sha256 (of the tensors).
 
     Errors: UserError for a file that is missing, cut off or not one of ours.
     """

@@ -36,9 +36,14 @@ SMALL = 64  # pixels: pictures with no longer side are kept in memory
 class Split:
     """Labelled pictures, in memory or as files."""
 
-    images: Tensor | list[Path]  # uint8 [N, C, H, W], or N files
+    images: Tensor | list[Path]  # uint8 [M, C, H, W], which splits may share, or N files
     labels: Tensor  # int64 [N], 0..classes-1
     names: list[str]  # N file names below the data folder, or indices in the set's own order
+    rows: Tensor | None = None  # int64 [N]: which of the images in memory are its own (all)
+
+    def __post_init__(self):
+        if self.in_memory and self.rows is None:
+            self.rows = torch.arange(len(self.images))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,6 +51,10 @@ class Split:
     @property
     def in_memory(self) -> bool:
         return isinstance(self.images, Tensor)
+
+    def pixels(self, index: Tensor) -> Tensor:
+        """Pictures in memory, uint8 [B, C, H, W].  index int64 [B], 0..N-1."""
+        return self.images[self.rows[index]]
 
 
 @dataclass
@@ -60,6 +69,21 @@ class Data:
     splits: dict[str, Split]
     sha256: str  # of the sources, or of a folder's file names and sizes
     notes: list[str] = field(default_factory=list)  # what the user should know, a line each
+
+    def to(self, device: torch.device) -> None:
+        """Move small pictures to a GPU where they take less than half of its free memory.
+
+        Batches of them are then made there, and nothing is copied in training.
+        """
+        moved = {}  # splits share their images
+        for part in self.splits.values():
+            key = id(part.images)
+            if device.type == "cuda" and part.in_memory:
+                if key not in moved and part.images.nbytes < torch.cuda.mem_get_info()[0] / 2:
+                    moved[key] = part.images.to(device)
+                if key in moved:
+                    part.images = moved[key]
+                    part.labels, part.rows = part.labels.to(device), part.rows.to(device)
 
     def loader(
         self, split, batch_size, *, seed=None, augment="none", workers=0, rank=0, world=1
@@ -79,7 +103,7 @@ class Data:
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=ignore_signals,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and part.labels.device.type == "cpu",
             generator=torch.Generator(),  # every iter() draws from it: leave the global one alone
         )
 
@@ -97,10 +121,10 @@ class Pictures(Dataset):
 
     def __getitem__(self, key: tuple[int, list[int]]):
         epoch, rows = key
-        index = torch.tensor(rows)
+        index = torch.tensor(rows).to(self.split.labels.device, non_blocking=True)
         labels = self.split.labels[index]
         if self.split.in_memory:
-            return self.split.images[index], labels, index
+            return self.split.pixels(index), labels, index
         draws = [None] * len(rows)
         if self.draw_seed is not None:
             draws = uniform(self.draw_seed, epoch, index, 4).tolist()
@@ -256,7 +280,7 @@ def load(
     # Whoever trains learns of every broken file now, those that test.py would meet included.
     looked_at = rows if "train" in wanted else wanted
     files = sorted({file for split in looked_at for file, _ in rows.get(split, [])})
-    checked, broken = pictures.inspect_images(
+    checked, broken, array = pictures.inspect_images(
         files, SMALL, sources.DATA / "inspected.json", workers
     )
     if broken and not skip_broken:
@@ -275,10 +299,11 @@ def load(
 
     found = [checked[file] for part in rows.values() for file, _ in part]
     sides, greys, small = zip(*found, strict=True)
+    in_memory = max(sides) <= SMALL
     channels = like["channels"] if like else 1 if all(greys) else 3
     if like:
         image_size, crop = tuple(like["image_size"]), like["crop"]
-    elif max(sides) <= SMALL:
+    elif in_memory:
         common = Counter(pixels.shape[:2] for pixels in small)
         image_size, crop = max(common, key=lambda size: (common[size], size)), 1.0
     else:
@@ -290,15 +315,23 @@ def load(
             return pictures.read_image(file, channels, image_size, crop)
         return np.broadcast_to(pixels, (*image_size, channels))
 
+    in_memory = in_memory and max(image_size) <= SMALL
+    if in_memory:
+        fits = array is not None and array.shape[1:3] == image_size
+        if not fits or (array.shape[3] != channels and not all(greys)) or array.shape[3] < channels:
+            files = [file for part in rows.values() for file, _ in part]
+            array = np.stack([read(file) for file in files])
+        stacked = torch.from_numpy(array[..., :channels]).permute(0, 3, 1, 2)
+        place = {file: i for i, file in enumerate(files)}
     splits = {}
     for split, part in rows.items():
-        files = [file for file, _ in part]
-        images = files
-        if max(max(sides), *image_size) <= SMALL:
-            stacked = np.stack([read(file) for file in files])
-            images = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
-        names = [file.relative_to(root).as_posix() for file in files]
-        splits[split] = Split(images, torch.tensor([label for _, label in part]), names)
+        images = [file for file, _ in part]
+        labels = torch.tensor([label for _, label in part])
+        names = [file.relative_to(root).as_posix() for file in images]
+        at = None
+        if in_memory:
+            at, images = torch.tensor([place[file] for file in images]), stacked
+        splits[split] = Split(images, labels, names, at)
     listing = "".join(
         f"{split}/{name}:{file.stat().st_size}\n"
         for split, part in splits.items()
@@ -342,7 +375,8 @@ def _load_set(name, wanted, val, like) -> Data:
         for split, mask in parts.items():
             if split in wanted and mask.any():
                 rows = mask.nonzero().flatten()
-                splits[split] = Split(images[rows], labels[rows], [str(i) for i in rows.tolist()])
+                names = [str(i) for i in rows.tolist()]
+                splits[split] = Split(images, labels[rows], names, rows)  # images: mapped, no copy
     classes = json.loads(header["classes"])
     if like and like["classes"] != classes:
         raise UserError(

@@ -136,11 +136,12 @@ class _Inspection(Dataset):
 
 def inspect_images(
     files: list[Path], small: int, store: Path, workers: int
-) -> tuple[dict[Path, tuple], list[str]]:
+) -> tuple[dict[Path, tuple], list[str], np.ndarray | None]:
     """Decode every file once: {file: (longer side, grey, pixels if small)}, and what is broken.
 
-    Pixels are kept where the longer side is at most `small`.  What was found of photographs is kept
-    in the file `store`: they are decoded again only after they have changed.
+    Pixels are kept where the longer side is at most `small`, and where all these have one shape,
+    in one array, which is returned too: uint8 [files, H, W, C].  What was found of photographs is
+    kept in the file `store`: they are decoded again only after they have changed.
     """
     try:
         known = json.loads(store.read_text())
@@ -163,14 +164,24 @@ def inspect_images(
         num_workers=0 if alone else workers,
         generator=torch.Generator(),
     )
-    broken = []
+    broken, array, alike = [], None, True
+    place = {file: i for i, file in enumerate(files)}
     with tqdm(total=len(new), desc="reading pictures", disable=None, leave=False) as progress:
         for file, result in zip(new, itertools.chain.from_iterable(loader), strict=True):
             progress.update()
             if isinstance(result, str):
                 broken.append(result)
-            else:
-                found[file] = result
+                continue
+            side, grey, pixels = result
+            if pixels is not None:
+                if array is None:
+                    array = np.empty((len(files), *pixels.shape), np.uint8)
+                fits = pixels.shape in (array.shape[1:], (*array.shape[1:3], 1))
+                alike &= fits
+                if fits:
+                    array[place[file]] = pixels  # what is grey among colours is made colour
+                    pixels = array[place[file]]
+            found[file] = side, grey, pixels
     photos = {
         stamps[f][0]: [*stamps[f][1:], *found[f][:2]]
         for f in new
@@ -180,7 +191,7 @@ def inspect_images(
         with contextlib.suppress(OSError):
             store.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(store, json.dumps(known | photos))
-    return found, broken
+    return found, broken, array if alike else None
 
 
 def _unreadable(path: str | Path, error: Exception) -> UnreadableImage:

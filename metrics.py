@@ -1,5 +1,7 @@
 """What a network gets right: one pass over a split, and every figure derived from it."""
 
+import math
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ def evaluate(
     prepare: Prepare,
     accelerator: Accelerator,
     interrupts: Interrupts | None = None,
+    views=lambda images: [(1.0, images)],
 ) -> Tensor | None:
     """One row per picture of a split, float64 [N, 6] as COLUMNS says, in the split's order.
 
@@ -27,6 +30,7 @@ def evaluate(
     in_top5 is 0 or 1 (with fewer than 5 classes: among all of them); probability is that of the
     predicted class; loss is the cross-entropy.  Leaves the model in evaluation mode.
 
+    views: what is shown of a batch, whose probabilities are averaged; see transforms.views().
     None where a signal, which `interrupts` waits for, asks any process to stop.
     """
     model.eval()
@@ -35,13 +39,16 @@ def evaluate(
         if interrupts and interrupts.asked:
             break
         with accelerator.autocast():
-            logits = model(prepare(images))
-        logits = logits.float()  # [B, classes]
-        probability, predicted = logits.softmax(1).max(1)
-        in_top5 = (logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).any(1)
-        loss = F.cross_entropy(logits, labels, reduction="none")
+            logs = [
+                math.log(share) + model(prepare(view)).float().log_softmax(1)
+                for share, view in views(images)
+            ]
+        logs = torch.stack(logs).logsumexp(0)  # of the mean probabilities, [B, classes]
+        probability, predicted = logs.max(1)
+        in_top5 = (logs.topk(min(5, logs.shape[1])).indices == labels[:, None]).any(1)
+        loss = F.nll_loss(logs, labels, reduction="none")
         # float32 holds an index exactly up to 16.7 million pictures; nothing here waits for a GPU.
-        parts.append(torch.stack([index, labels, predicted, in_top5, probability, loss], 1))
+        parts.append(torch.stack([index, labels, predicted, in_top5, probability.exp(), loss], 1))
     if interrupts:
         interrupts.agree(wait=True)
         if interrupts.stop:

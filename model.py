@@ -68,16 +68,84 @@ class LeNet(nn.Module):
         return self.fc3(F.relu(self.fc2(x)))
 
 
-NETWORKS = {"tutorial_cnn": TutorialCNN, "lenet": LeNet}
+class FastNet(nn.Module):
+    """Our network for small pictures: images [N, channels, H, W] -> logits [N, classes].
+
+    After airbench94 (Jordan 2024, arXiv:2404.00498), which is after Page's ResNet ("How to train
+    your ResNet", 2018): a convolution that whitens 2×2 patches, three blocks of two convolutions
+    that halve the picture, identities as first weights where that is possible, batch norm without
+    scale, the largest activation of each map, and logits divided by 9.  Deviations: ReLU in place
+    of GELU, as accurate here and a quarter faster on a CPU; batch norm's momentum 0.4 and usual
+    epsilon; widths in the ratio 1:4:8 rather than 1:4:4; any size of picture from 16×16 on.
+
+    width is the number of channels of the first block.  whiten() is called once, before training.
+    """
+
+    stem_note = ""
+
+    def __init__(
+        self, classes: int, channels: int = 3, size: tuple[int, int] = (32, 32), width: int = 32
+    ):
+        super().__init__()
+        self.input_size = tuple(max(16, side) for side in size)
+        filters = 2 * channels * 2 * 2
+        self.whitening = nn.Conv2d(channels, filters, 2)
+        self.whitening.weight.requires_grad = False
+        widths = [filters, width, 4 * width, 8 * width]
+        self.blocks = nn.Sequential(*map(FastBlock, widths[:-1], widths[1:]))
+        self.head = nn.Linear(widths[-1], classes, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.whitening(images))  # [N, 8 channels, H - 1, W - 1]
+        x = self.blocks(x)  # [N, 8 width, H // 8 - 1, W // 8 - 1] or so
+        return self.head(x.amax((2, 3))) / 9
+
+    @torch.no_grad()
+    def whiten(self, images: Tensor) -> None:
+        """Have the first layer see patches without correlations, and their negatives.
+
+        images [N, channels, H, W] as the network is fed them.  Eigenvectors of the patches'
+        covariance over the roots of their eigenvalues, as in the papers above.
+        """
+        patches = (
+            F.unfold(images, 2).transpose(1, 2).flatten(0, 1).double()
+        )  # [patches, 4 channels]
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        filters = (vectors / (values + 5e-4).sqrt()).T.reshape(-1, *self.whitening.weight.shape[1:])
+        self.whitening.weight.copy_(torch.cat([filters, -filters]))
+        self.whitening.bias.zero_()
+
+
+class FastBlock(nn.Module):
+    """[N, inside, H, W] -> [N, outside, H // 2, W // 2], all at least 0."""
+
+    def __init__(self, inside: int, outside: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outside, momentum=0.4)
+        self.norm2 = nn.BatchNorm2d(outside, momentum=0.4)
+        for conv in (self.conv1, self.conv2):
+            nn.init.dirac_(conv.weight[: conv.in_channels])
+        for norm in (self.norm1, self.norm2):
+            norm.weight.requires_grad = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        return F.relu(self.norm2(self.conv2(x)))
+
+
+NETWORKS = {"fastnet": FastNet, "tutorial_cnn": TutorialCNN, "lenet": LeNet}
 
 
 def create_model(
-    name: str, classes: int, channels: int = 3, size: tuple[int, int] = (32, 32)
+    name: str, classes: int, channels: int = 3, size: tuple[int, int] = (32, 32), **arguments
 ) -> nn.Module:
     """A new network with random weights: images [N, channels, *input_size] -> logits [N, classes].
 
     name is one of NETWORKS, any timm name, or torchvision/ and a torchvision name; size is the
-    (height, width) of the pictures.  The module carries two plain attributes:
+    (height, width) of the pictures; arguments are those of our own networks (width).  The module
+    carries two plain attributes:
 
         input_size  (height, width) it must be fed: size, or the smallest it accepts above that
                     (its native size where it accepts no other)
@@ -88,7 +156,9 @@ def create_model(
     """
     library = _library(name)
     if library == "own":
-        return NETWORKS[name](classes, channels)
+        if name == "fastnet":
+            arguments["size"] = size
+        return NETWORKS[name](classes, channels, **arguments)
     if library == "timm":
         import timm
 

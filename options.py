@@ -225,6 +225,18 @@ def interval(text: str) -> str:
     return text
 
 
+def span(text: str) -> str:
+    """An argparse type: a duration(), as it was written."""
+    duration(text)
+    return text
+
+
+def portion(text: str) -> str:
+    """An argparse type: a number of steps (500) or a share of all (20%), as it was written."""
+    number(float, 0, 100)(text[:-1]) if text.endswith("%") else number(int, 0)(text)
+    return text
+
+
 def add_weights_option(parser: Parser) -> None:
     """Which weights to use."""
     help = "a model.safetensors (default: the newest run's)"

@@ -61,13 +61,15 @@ def capture(at: SimpleNamespace, data_sha256: str, model, optimizer, accelerator
     }
 
 
-def restore(path: Path, data_sha256: str, model, optimizer, accelerator: Accelerator) -> tuple:
+def restore(
+    path: Path, saved: dict, data_sha256: str, model, optimizer, accelerator: Accelerator
+) -> tuple:
     """Put a checkpoint into a prepared model and optimizer; how far it is, and what has changed.
 
     The number of threads, which has a say in the last bits, is set to that of the checkpoint.
     Errors: UserError where it was trained on other pictures, or does not fit.
     """
-    saved, notes, run = checkpoint.load_checkpoint(path), [], path.parents[1]
+    notes, run = [], path.parents[1]
     if saved["data_sha256"] != data_sha256:
         raise UserError(f"{run}: the pictures have changed since; begin anew with --no-resume")
     torch.set_num_threads(saved["circumstances"]["threads"])

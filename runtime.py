@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 import sys
+import time
 import warnings
 from datetime import timedelta
 from importlib.metadata import version
@@ -213,6 +214,29 @@ def seed_step(seed: int, step: int, rank: int, world: int, device: torch.device)
     torch.default_generator.manual_seed(key)  # torch.manual_seed is 0.1 ms slower without a GPU
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(key)
+
+
+def now(device: torch.device) -> float:
+    """The time in seconds when the device has done all it was given."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+    return time.perf_counter()
+
+
+def speed(network: torch.nn.Module, batch: tuple, accelerator: Accelerator) -> float:
+    """Pictures a second that this process trains a network on; nothing is learned.
+
+    batch: (uint8 [B, C, H, W], labels [B], …).
+    """
+    images, labels = batch[0].float(), batch[1]
+    network.to(accelerator.device, memory_format=torch.channels_last)
+    for step in range(3):
+        if step == 1:  # libraries choose their ways in the first one
+            began = now(accelerator.device)
+        with accelerator.autocast():
+            loss = torch.nn.functional.cross_entropy(network(images), labels)
+        loss.backward()
+    return 2 * len(labels) / (now(accelerator.device) - began)
 
 
 def sync_buffers(model: torch.nn.Module, accelerator: Accelerator) -> None:

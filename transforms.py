@@ -4,6 +4,8 @@ Training, testing and predicting all prepare pictures with the same `Prepare`, w
 the header of the weights.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,22 +33,53 @@ def augment(images: Tensor, kind: str, decoded: bool, seed: int, epoch: int, ind
     """Randomly shifted and mirrored copies of a uint8 batch [B, C, H, W], one draw a picture.
 
     kind: a key of AUGMENTATIONS.  decoded: photographs, which their decoder has cropped already.
-    Shifts are up to 1/14 of the side (2 pixels of 28 or 32), the border reflected.
+    Shifts are up to 1/14 of the side (2 pixels of 28 or 32), the border reflected.  Every picture
+    is mirrored in every other epoch, which ones first being drawn: two epochs show it both ways,
+    where a new draw in each would repeat half of them (Jordan 2024, arXiv:2404.00498).
     """
     move, flip = AUGMENTATIONS[kind]
-    if not (move or flip):
-        return images
-    draws = uniform(seed, epoch, index, 3)
     if move and not decoded:
         height, width = images.shape[2:]
         reach = min(max(1, round(min(height, width) / 14)), min(height, width) - 1)
-        padded = F.pad(images.float(), [reach] * 4, mode="reflect").to(torch.uint8)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, shifts, shifts, H, W]
-        down, across = (draws[:, :2] * (2 * reach + 1)).long().unbind(1)
+        windows = _windows(images, reach)
+        draws = uniform(seed, epoch, index, 2)
+        down, across = (draws * (2 * reach + 1)).long().unbind(1)
         images = windows[torch.arange(len(images), device=images.device), :, down, across]
     if flip:
-        images = torch.where(draws[:, 2, None, None, None] < 0.5, images.flip(3), images)
+        mirrored = (uniform(seed, -1, index, 1) < 0.5) ^ (epoch % 2 == 1)
+        images = torch.where(mirrored[:, :, None, None], images.flip(3), images)
     return images
+
+
+def _windows(images: Tensor, reach: int) -> Tensor:
+    """All shifted copies of a batch, [B, C, 2 reach + 1 down, 2 reach + 1 across, H, W], as a view.
+
+    The border is reflected.
+    """
+    height, width = images.shape[2:]
+    padded = F.pad(images.float(), [reach] * 4, mode="reflect").to(torch.uint8)
+    return padded.unfold(2, height, 1).unfold(3, width, 1)
+
+
+def views(images: Tensor, kind: str, decoded: bool) -> list[tuple[float, Tensor]]:
+    """What a network that was trained with augment() may also be shown of the same pictures.
+
+    (weight, uint8 [B, C, H, W]) of each, whose answers are to be averaged: both of mirrored and
+    not; half of the weight for the pictures where they are, and half for shifts by one pixel to
+    the upper left and lower right (after airbench94: Jordan 2024, arXiv:2404.00498).
+    """
+    move, flip = AUGMENTATIONS[kind]
+    found = [(1.0, images)]
+    if move and not decoded and min(images.shape[2:]) > 1:
+        windows = _windows(images, 1)
+        found = [(0.5, images), *((0.25, windows[:, :, k, k]) for k in (0, 2))]
+    if flip:
+        found = [
+            (w / 2, x)
+            for weight, view in found
+            for w, x in ((weight, view), (weight, view.flip(3)))
+        ]
+    return found
 
 
 class Prepare(nn.Module):
@@ -74,14 +107,16 @@ class Prepare(nn.Module):
         return (images.float() * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
 
 
-def channel_statistics(images: Tensor) -> dict[str, list[float]]:
+def channel_statistics(parts: Iterable[Tensor]) -> dict[str, list[float]]:
     """mean and std (standard deviation) of each channel over all pixels, 0..1 scale.
 
-    images uint8 [N, C, H, W].  A channel without contrast gets a deviation of one grey level.
+    parts: uint8 [B, C, H, W] each.  A channel without contrast gets a deviation of one grey level.
     """
-    count = images.numel() / images.shape[1]
-    total = sum(part.sum((0, 2, 3)) for part in images.split(4096))
-    squares = sum(part.int().square().sum((0, 2, 3)) for part in images.split(4096))
+    count, total, squares = 0, 0, 0
+    for images in parts:
+        count += images.numel() / images.shape[1]
+        total += images.sum((0, 2, 3))
+        squares += images.int().square().sum((0, 2, 3))
     mean = total.double() / count
     std = (squares.double() / count - mean.square()).clamp(min=1).sqrt()
     return {"mean": (mean / 255).tolist(), "std": (std / 255).tolist()}

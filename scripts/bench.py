@@ -1,15 +1,25 @@
 """Compare the speed of this code with what people use otherwise, side by side in one run.
 
-    python scripts/bench.py tutorial --data pictures/cifar10   ten epochs of the tutorial, both ways
-    python scripts/bench.py photos --data pictures/hymenoptera   decoding, against torchvision
-    python scripts/bench.py photos                   the same on generated 12-megapixel photographs
-    python scripts/bench.py predict                  the start of predict.py, against `import torch`
+    make bench                                       everything, on CIFAR-10: about half an hour
+    python scripts/bench.py step photos              some of it
+    python scripts/bench.py tutorial --data pictures/cifar10
 
-The two sides take turns, because the speed of a machine drifts; ratios and medians are what counts.
+    tutorial   ten epochs as the tutorials write them, in a process of its own, and by train.py
+    step       a step of train.py against a bare loop over tensors that are ready in memory, and
+               its arithmetic against a matrix product
+    accuracy   what train.py reaches in given times
+    photos     decoding, against torchvision's ImageFolder: --photos DIR, or 12 megapixels each
+    predict    the start of predict.py against `import torch`, and pictures a second
+
+The sides take turns, because the speed of a machine drifts: ratios and medians are what counts.  A
+table goes to the console, and all figures to runs/bench.json.
 """
 
+import contextlib
+import io
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -21,14 +31,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import train
 from PIL import Image
+from torch.nn import functional as F
 
 import _root  # noqa: F401
+import checkpoint
+import choices
 import dataset
+import images as pictures
+import metrics
 import options
 import run_folder
 import runtime
+from model import create_model
 from options import ROOT, UserError, number
+from transforms import Prepare, augment
 
 
 class PerPicture(torch.utils.data.Dataset):
@@ -37,7 +55,7 @@ class PerPicture(torch.utils.data.Dataset):
     def __init__(self, split: dataset.Split):
         from torchvision.transforms import ToTensor
 
-        self.arrays = split.images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.arrays = split.pixels(torch.arange(len(split))).permute(0, 2, 3, 1).numpy()
         self.labels, self.transform = split.labels.tolist(), ToTensor()
 
     def __len__(self):
@@ -47,8 +65,8 @@ class PerPicture(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.arrays[i])), self.labels[i]
 
 
-def tutorial_loop(name: str, epochs: int) -> tuple[float, float]:
-    """The loop as the CIFAR-10 tutorials write it: seconds of training, and test accuracy.
+def tutorial_loop(name: str, epochs: int) -> list[tuple[float, float]]:
+    """The loop as the CIFAR-10 tutorials write it: (seconds so far, test accuracy) of each epoch.
 
     A folder is read by torchvision's ImageFolder, whose pictures are sorted by class: they are
     shuffled, which the official set does not need.
@@ -70,7 +88,7 @@ def tutorial_loop(name: str, epochs: int) -> tuple[float, float]:
     network = TutorialCNN(classes=10)
     loss_fn = torch.nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
-    seconds = 0
+    seconds, curve = 0.0, []
     for _ in range(epochs):
         began = time.perf_counter()
         network.train()
@@ -80,24 +98,37 @@ def tutorial_loop(name: str, epochs: int) -> tuple[float, float]:
             loss.backward()
             optimizer.step()
         seconds += time.perf_counter() - began
-    network.eval()
-    hits = 0
-    with torch.no_grad():
-        for images, labels in test_loader:
-            hits += (network(images).argmax(1) == labels).sum().item()
-    return seconds, hits / len(test)
+        network.eval()
+        hits = 0
+        with torch.no_grad():
+            for images, labels in test_loader:
+                hits += (network(images).argmax(1) == labels).sum().item()
+        curve.append((seconds, hits / len(test)))
+    return curve
 
 
-def ours(args) -> tuple[float, float]:
-    """train.py and test.py as commands, a run in runs/: seconds of training, and test accuracy."""
-    words = ["--data", args.data, "--config", "tutorial", "--no-resume"]
-    words += ["--epochs", str(args.epochs)]
-    for script, rest in (("train.py", words), ("test.py", [])):
-        command = [sys.executable, str(ROOT / "scripts" / script), *rest]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+def run_command(script: str, *words) -> None:
+    """A command of scripts/, without what it prints."""
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, words)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def trained(args, *words) -> dict:
+    """train.py and test.py as commands, a run in runs/: seconds and test accuracies."""
+    began = time.perf_counter()
+    run_command("train.py", "--data", args.data, "--no-resume", *words)
+    seconds = time.perf_counter() - began
     run = run_folder.latest_weights().parent
-    summary = json.loads((run / "metrics.json").read_text())["summary"]
-    return summary["train_seconds"], json.loads((run / "report/metrics.json").read_text())["top1"]
+    header = checkpoint.read_header(run / "model.safetensors")
+    run_command("test.py", *(["--tta"] if header["options"]["augment"] != "none" else []))
+    report = json.loads((run / "report/metrics.json").read_text())
+    return {
+        "train_seconds": json.loads((run / "metrics.json").read_text())["summary"]["train_seconds"],
+        "command_seconds": seconds,
+        "accuracy": report["top1"],
+        "tta_accuracy": report.get("tta", report)["top1"],
+        "network": [header["model"], header["model_args"].get("width")],
+    }
 
 
 def spawned() -> ProcessPoolExecutor:
@@ -107,18 +138,139 @@ def spawned() -> ProcessPoolExecutor:
 
 def bench_tutorial(args) -> dict:
     """Ours, the tutorial's loop, ours again."""
+    words = ["--config", "tutorial", "--epochs", str(args.epochs)]
     with spawned() as process:
-        first = ours(args)
+        first = trained(args, *words)
         theirs = process.submit(tutorial_loop, args.data, args.epochs).result()
-        second = ours(args)
-    seconds = (first[0] + second[0]) / 2
+        second = trained(args, *words)
+    ours = [first["train_seconds"], second["train_seconds"]]
     return {
         "epochs": args.epochs,
-        "tutorial_seconds": theirs[0],
-        "tutorial_accuracy": theirs[1],
-        "our_seconds": [first[0], second[0]],
-        "our_accuracy": [first[1], second[1]],
-        "times_faster": theirs[0] / seconds,
+        "tutorial_seconds": theirs[-1][0],
+        "tutorial_accuracy": theirs[-1][1],
+        "tutorial_curve": theirs,
+        "our_seconds": ours,
+        "our_accuracy": [first["accuracy"], second["accuracy"]],
+        "times_faster": theirs[-1][0] / statistics.mean(ours),
+    }
+
+
+def bench_accuracy(args) -> dict:
+    """One run of the data set's recipe for each of --times."""
+    return {"runs": [{"time": t, **trained(args, "--time", t)} for t in args.times]}
+
+
+def sample(args, folder: Path, count: int) -> dataset.Data:
+    """A few of the data set's training pictures, those of all classes in turn, as a folder."""
+    data = dataset.load(args.data, ["train"], val=0)
+    part = data.splits["train"]
+    if not part.in_memory:
+        raise UserError(f"--data {args.data}: `step` needs pictures of up to 64 pixels")
+    chosen = torch.linspace(0, len(part) - 1, count).long()
+    for i, image in zip(chosen.tolist(), part.pixels(chosen), strict=True):
+        path = folder / "train" / data.classes[part.labels[i]] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pictures.encode_png(image))
+    return dataset.load(str(folder), ["train"], val=0)
+
+
+def product_speed(device, precision: str) -> float:
+    """FLOP/s of a square matrix product, the most that a network can hope for."""
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    a = torch.randn(4096, 4096, device=device, dtype=kind)
+    a @ a
+    began = runtime.now(device)
+    for _ in range(5):
+        a @ a
+    return 5 * 2 * 4096**3 / (runtime.now(device) - began)
+
+
+def bench_step(args, batch=256, steps=16) -> dict:
+    """Steps of the fast network, and of ResNet-18 fitted to small pictures."""
+    accelerator = runtime.accelerator("auto")
+    device, precision = accelerator.device, accelerator.mixed_precision
+    products, result = [product_speed(device, precision)], {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = sample(args, Path(folder) / "pictures", batch * steps)
+        for name in ("fastnet", "resnet18"):
+            result[name] = compare_steps(name, data, batch, args.rounds, Path(folder), accelerator)
+            products.append(product_speed(device, precision))
+    peak = statistics.median(products)
+    for row in result.values():
+        row["share_of_product"] = row["flops_per_second"] / peak
+    return {"precision": precision, "product_flops_per_second": peak, **result}
+
+
+def compare_steps(name, data, batch, count, folder, accelerator) -> dict:
+    """An epoch by train.py and by a bare loop, in turn; and what data and evaluation cost.
+
+    The bare loop has the same network, optimizer, precision and batch, and no Accelerate, no data
+    set, no augmentation and no logging; train.py has all of them.
+    """
+    device, part = accelerator.device, data.splits["train"]
+    steps = len(part) // batch
+    size = {"classes": len(data.classes), "channels": data.channels, "size": data.image_size}
+    network = create_model(name, **size).to(device, memory_format=torch.channels_last)
+    prepare = Prepare([0.5] * data.channels, [0.25] * data.channels, network.input_size).to(device)
+    optimizer = choices.create_optimizer("muon", network, 0.02, 0.6, 0.0)
+    images = prepare(part.pixels(torch.arange(batch)).to(device))
+    labels, index = part.labels[:batch].to(device), torch.arange(batch, device=device)
+    loader, pick = data.loader("train", 4 * batch), dataset.Pictures(part, data)
+
+    def seconds(work) -> float:
+        began = runtime.now(device)
+        work()
+        return runtime.now(device) - began
+
+    def forward():
+        with accelerator.autocast():
+            return network(images)
+
+    def bare():
+        network.train()
+        for _ in range(steps):
+            F.cross_entropy(forward().float(), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    words = ["--data", data.name, "--model", name, "--optimizer", "muon", "--lr", 0.02]
+    words += ["--momentum", 0.6, "--weight-decay", 0, "--augment", "standard", "--val", 0]
+    words += ["--batch-size", batch, "--epochs", 2]
+
+    def ours() -> float:
+        output = Path(tempfile.mkdtemp(dir=folder))
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.main([*words, "--output", output])
+        return json.loads((output / "metrics.json").read_text())["epochs"][-1]["seconds"]
+
+    def prepare_data():
+        prepare(augment(pick[0, range(batch)][0].to(device), "standard", False, 0, 0, index))
+
+    def evaluate():
+        metrics.evaluate(network, loader, prepare, accelerator)
+
+    bare()
+    rounds = []
+    for _ in range(count):
+        before, mine, after = seconds(bare), ours(), seconds(bare)
+        rounds.append((mine / steps, (before + after) / 2 / steps))
+    others = [
+        [seconds(work) for work in (forward, prepare_data, evaluate)] for _ in range(count + 1)
+    ]
+    forward_, data_, evaluate_ = map(statistics.median, zip(*others[1:], strict=True))
+    network.train()
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        forward().sum().backward()
+    step = statistics.median(mine for mine, _ in rounds)
+    return {
+        "batch_size": batch,
+        "step_seconds": step,
+        "images_per_second": batch / step,
+        "bare_step_seconds": statistics.median(other for _, other in rounds),
+        "step_over_bare": statistics.median(mine / other for mine, other in rounds),
+        "data_share_of_step": data_ / step,
+        "evaluation_over_forward": evaluate_ / len(part) / (forward_ / batch),
+        "flops_per_second": counter.get_total_flops() / step,
     }
 
 
@@ -141,7 +293,7 @@ def bench_photos(args) -> dict:
     from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
     with tempfile.TemporaryDirectory() as temporary:
-        name = args.data or generate_photos(Path(temporary))
+        name = args.photos or generate_photos(Path(temporary))
         resize = Compose([Resize(256), CenterCrop(224), ToTensor()])
         folder = ImageFolder(Path(name) / "train", resize)
         data = dataset.load(name, ["train"], val=0)
@@ -175,14 +327,16 @@ def bench_photos(args) -> dict:
 
 
 def bench_predict(args) -> dict:
-    """Whole processes, in turn: predict.py on one picture of the newest run, and `import torch`."""
+    """predict.py by the newest run as a process: `import torch`, one picture and many, in turn."""
     run = run_folder.latest_weights().parent
     samples = sorted((run / "samples").glob("*.png"))
     if not samples:
         raise UserError(f"{run} has no samples: run `make test` first")
+    script, many = ROOT / "scripts" / "predict.py", 2000
     sides = {
-        "predict": [sys.executable, ROOT / "scripts" / "predict.py", samples[0]],
+        "predict": [sys.executable, script, samples[0]],
         "import_torch": [sys.executable, "-c", "import torch"],
+        "predict_many": [sys.executable, script, *samples * (many // len(samples))],
     }
     seconds = {side: [] for side in sides}
     for i in range(args.rounds + 1):
@@ -192,24 +346,91 @@ def bench_predict(args) -> dict:
             if i:  # the first round fills the file cache
                 seconds[side].append(time.perf_counter() - began)
     medians = {f"{side}_seconds": statistics.median(all_) for side, all_ in seconds.items()}
-    return {**medians, "ratio": medians["predict_seconds"] / medians["import_torch_seconds"]}
+    one, torch_, rest = medians.values()
+    return {**medians, "over_import_torch": one / torch_, "images_per_second": many / (rest - one)}
+
+
+def describe_machine() -> dict:
+    """What the figures were measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def table(found: dict, indent: str = "") -> str:
+    """Nested figures as aligned lines to read."""
+    lines = []
+    for key, value in found.items():
+        label = f"{indent}{key.replace('_', ' ')}"
+        if isinstance(value, dict):
+            lines += [label, table(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines += [
+                label,
+                *(
+                    indent
+                    + "  "
+                    + ", ".join(f"{k.replace('_', ' ')} {short(v)}" for k, v in row.items())
+                    for row in value
+                ),
+            ]
+        else:
+            lines.append(f"{label:40}{short(value)}")
+    return "\n".join(lines)
+
+
+def short(value) -> str:
+    """A figure with four digits, or a list of them."""
+    if isinstance(value, list | tuple):
+        return " ".join(short(v) for v in value)
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
+
+
+PARTS = {
+    "tutorial": bench_tutorial,
+    "step": bench_step,
+    "accuracy": bench_accuracy,
+    "photos": bench_photos,
+    "predict": bench_predict,
+}
 
 
 def main(argv=None):
     parser = options.parser(__doc__)
-    parser.add_argument("what", choices=["tutorial", "photos", "predict"])
-    parser.add_argument("--data", help="a set or folder")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {' '.join(PARTS)} (all)")
+    parser.add_argument("--data", help="a set or folder (default: cifar10)")
+    parser.add_argument("--photos", metavar="DIR", help="a folder of photographs for `photos`")
     parser.add_argument("--epochs", type=number(int, 1), default=10, help="of the tutorial")
-    parser.add_argument("--rounds", type=number(int, 1), default=10, help="of photos and predict")
+    parser.add_argument("--rounds", type=number(int, 1), default=5, help="of each comparison")
     parser.add_argument("--workers", type=number(int, 0), default=2, help="of photos")
+    help = "what `accuracy` trains for"
+    parser.add_argument("--times", type=options.span, nargs="+", default=["15s", "60s"], help=help)
     args = options.parse(parser, argv)
-    if args.what == "tutorial" and not args.data:
-        args.data = "cifar10"
+    for part in args.parts:
+        if part not in PARTS:
+            raise UserError(f"{part}: no such part{options.nearest(part, PARTS)} (see --help)")
     runtime.launch()
-    found = {"tutorial": bench_tutorial, "photos": bench_photos, "predict": bench_predict}
-    result = found[args.what](args)
-    machine = {"threads": torch.get_num_threads(), "processor": platform.machine()}
-    print(json.dumps({**machine, "torch": torch.__version__, **result}, indent=1))
+    args.data = dataset.choose(args.data)
+    result = {"machine": describe_machine(), "data": args.data}
+    for part in args.parts or PARTS:
+        print(f"measuring: {part}", flush=True)
+        result[part] = PARTS[part](args)
+        print(table({part: result[part]}), flush=True)
+        options.RUNS.mkdir(exist_ok=True)
+        checkpoint.atomic_write(options.RUNS / "bench.json", json.dumps(result, indent=1))
+    print(table({"machine": result["machine"]}))
+    print(f"all figures: {options.RUNS / 'bench.json'}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def build_parser() -> options.Parser:
     return parser
 
 
-def command(header: dict, args, config: Path) -> list[str]:
+def command(weights: Path, header: dict, args, config: Path) -> list[str]:
     """The command that trains again with the options, threads and processes of a header."""
     words = [ROOT / "scripts" / "train.py", "--config", config]
     words += ["--output", args.output, "--threads", header["threads"]]
@@ -40,6 +40,8 @@ def command(header: dict, args, config: Path) -> list[str]:
         words += ["--precision", header["precision"]]
     if args.data:
         words += ["--data", args.data]
+    if header["options"].get("time"):
+        words += ["--plan", weights.resolve()]
     launcher = [sys.executable]
     if header["processes"] > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node", header["processes"]]
@@ -68,7 +70,7 @@ def main(argv=None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "options.yaml"
         config.write_text(options.as_yaml(header["options"]))
-        words = command(header, args, config)
+        words = command(weights, header, args, config)
         environment = {**os.environ, "OMP_NUM_THREADS": str(header["threads"])}
         environment.pop("ACCELERATE_MIXED_PRECISION", None)
         process = subprocess.Popen(words, env=environment)

@@ -23,6 +23,7 @@ import options
 import run_folder
 from checkpoint import atomic_write
 from options import UserError, number
+from transforms import views
 
 
 def build_parser() -> options.Parser:
@@ -36,6 +37,8 @@ def build_parser() -> options.Parser:
     parser.add_argument(
         "--output", metavar="DIR", help="folder of report/ and samples/ (default: the weights')"
     )
+    help = "also average over shifted and mirrored copies, as far as training made such"
+    parser.add_argument("--tta", action="store_true", help=help)
     options.add_running_options(parser)
     return parser
 
@@ -69,14 +72,19 @@ def predictions_csv(rows: torch.Tensor, names: list[str], classes: list[str]) ->
     return text.getvalue()
 
 
-def report(args, weights: Path, header: dict, data: dataset.Data, split: str, rows: torch.Tensor):
-    """Print the figures of an evaluation and write report/, samples/ and the TensorBoard pages."""
+def report(args, weights: Path, header: dict, data: dataset.Data, split: str, rows, averaged):
+    """Print the figures of an evaluation and write report/, samples/ and the TensorBoard pages.
+
+    rows: from evaluate(); averaged: likewise with --tta, or None.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     from metrics import figures
 
     classes, part, epoch = data.classes, data.splits[split], header["epoch"]
     result = figures(rows, len(classes))
+    if averaged is not None:
+        result["tta"] = figures(averaged, len(classes))
     output = Path(args.output) if args.output else weights.parent
     try:
         (output / "report").mkdir(parents=True, exist_ok=True)
@@ -121,6 +129,12 @@ def report(args, weights: Path, header: dict, data: dataset.Data, split: str, ro
         f"{split} accuracy {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss "
         f"{result['loss']:.4f}, {result['images']:,} pictures"
     )
+    if averaged is not None:
+        same = result["tta"]
+        print(
+            f"averaged over shifted and mirrored copies (--tta): accuracy {same['top1']:.2%}, "
+            f"top-5 {same['top5']:.2%}, loss {same['loss']:.4f}"
+        )
     print(f"report: {output / 'report'}")
     print(f"next: {options.command('predict.py', sample)}")
 
@@ -136,6 +150,8 @@ def main(argv=None):
     # Data: the test pictures, or the validation ones where there are none.  What was said for
     # training holds here too, unless it is said anew.
     trained = header["options"]
+    if args.tta and trained["augment"] == "none":
+        raise UserError("--tta: these weights were trained without --augment, so as pictures are")
     state = runtime.launch()
     kept = "no" if trained["precision"] == "no" else "auto"  # the device may be another one
     accelerator = runtime.accelerator(args.precision, otherwise=kept)
@@ -169,9 +185,15 @@ def main(argv=None):
         trained["batch_size"], trained["accumulate"], world, data.splits[split].in_memory
     )
     loader = data.loader(split, batch, workers=workers, rank=rank, world=world)
-    rows = evaluate(model.to(device), loader, prepare.to(device), accelerator)
+    evaluated = model.to(device), loader, prepare.to(device), accelerator
+    rows, averaged = evaluate(*evaluated), None
+    if args.tta:
+        decoded = not data.splits[split].in_memory
+        averaged = evaluate(
+            *evaluated, views=lambda images: views(images, trained["augment"], decoded)
+        )
     if accelerator.is_main_process:
-        report(args, weights, header, data, split, rows)
+        report(args, weights, header, data, split, rows, averaged)
     accelerator.wait_for_everyone()  # without it gloo now and then aborts while shutting down
     accelerator.end_training()
 

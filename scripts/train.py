@@ -1,6 +1,7 @@
 """Train an image classifier.
 
     make train                                      CIFAR-10, and an evaluation afterwards
+    python scripts/train.py --time 60s              the best that a minute gives on this machine
     python scripts/train.py --data digits           bundled handwritten digits, in seconds
     python scripts/train.py --data my/pictures      a folder: train/<class>/*.jpg, or <class>/*.jpg
     python scripts/train.py --config tutorial       the settings of recipes/tutorial.yaml
@@ -26,6 +27,8 @@ from tqdm import tqdm
 
 import _root  # noqa: F401
 import checkpoint
+import choices
+import clock
 import dataset
 import options
 import run_folder
@@ -59,24 +62,35 @@ def build_parser() -> options.Parser:
 
     add = parser.add_argument_group("network and training").add_argument
     add("--model", help="one of `python model.py`, a timm name, or torchvision/NAME")
+    help = "channels of fastnet's first block (default: 32, or what suits --time)"
+    add("--width", metavar="N", type=number(int, 8), help=help)
     add("--epochs", metavar="N", type=count, default=10, help="times through all pictures")
+    help = "train for so long (60s, 5m, 2h) instead, from the first step to the last"
+    add("--time", metavar="T", type=options.span, help=help)
+    help = "a model.safetensors trained with --time, to repeat its steps whatever the clock says"
+    add("--plan", metavar="FILE", help=help)
     help = "pictures per optimizer step, over all processes"
     add("-b", "--batch-size", metavar="N", type=count, default=64, help=help)
     help = "compute a batch in so many parts of 2 or more pictures, to save memory"
     add("--accumulate", metavar="PARTS", type=count, default=1, help=help)
-    add("--optimizer", choices=["sgd", "adamw"], default="adamw", help="adamw suits most networks")
+    help = "adamw suits most networks"
+    add("--optimizer", choices=choices.OPTIMIZERS, default="adamw", help=help)
     add("--lr", metavar="X", type=positive, default=0.001, help="learning rate")
-    add("--momentum", metavar="X", type=share, default=0.9, help="of sgd")
+    add("--momentum", metavar="X", type=share, default=0.9, help="of sgd and muon")
     add("--weight-decay", metavar="X", type=number(float, 0), default=0.01, help="pull to zero")
     help = "of the learning rate, in optimizer steps"
-    add("--schedule", choices=["constant", "cosine"], default="cosine", help=help)
-    help = "optimizer steps of linear rise to the learning rate"
-    add("--warmup", metavar="STEPS", type=number(int, 0), default=0, help=help)
+    add("--schedule", choices=choices.SCHEDULES, default="cosine", help=help)
+    help = "optimizer steps (500), or share of them all (20%%), of linear rise to the learning rate"
+    add("--warmup", metavar="N", type=options.portion, default="0", help=help)
+    help = "of the true class's weight in the loss, spread over all classes"
+    add("--label-smoothing", metavar="SHARE", type=share, default=0.0, help=help)
     add("--clip", metavar="NORM", type=positive, help="largest norm of all gradients together")
     help = "of the first weights, the order and the augmentation"
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help=help)
 
     options.add_running_options(parser)
+    help = "let torch compile the network: faster on a GPU, after a minute's wait"
+    add("--compile", action=flag, default=False, help=help)
     help = "have a GPU compute the same bits every time, as a CPU does: slower"
     add("--deterministic", action=flag, default=False, help=help)
 
@@ -95,23 +109,14 @@ def build_parser() -> options.Parser:
     return parser
 
 
-def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:
-    """Share of --lr at an optimizer step: a linear rise over `warmup` steps, then the schedule."""
-    if step < warmup:
-        return (step + 1) / warmup
-    if schedule == "constant":
-        return 1.0
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
-
-
 def run_name(args) -> str:
     """The name of a run's folder below runs/."""
     return f"{Path(args.data).resolve().name}-{args.model.replace('/', '-')}"
 
 
-def describe(record: dict, epochs: int, left: float) -> str:
+def describe(record: dict, epochs: str, left: float) -> str:
     """An epoch's line on the console."""
-    line = f"epoch {record['epoch']}/{epochs}"
+    line = f"epoch {record['epoch']}{epochs}"
     for split in ("train", "val"):
         if f"{split}_loss" in record:
             loss, accuracy = record[f"{split}_loss"], record[f"{split}_accuracy"]
@@ -124,7 +129,8 @@ def choose_statistics(args, data, network) -> list[list[float]]:
     """Mean and deviation of each channel: as given, small pictures' own, or the network's."""
     train, chosen = data.splits["train"], []
     if train.in_memory and not (args.mean and args.std):
-        network = channel_statistics(train.images)
+        parts = torch.arange(len(train)).split(4096)
+        network = channel_statistics(train.pixels(part) for part in parts)
     for key in ("mean", "std"):
         values = getattr(args, key) or network[key]
         if len(values) not in (1, 3, data.channels):
@@ -133,6 +139,26 @@ def choose_statistics(args, data, network) -> list[list[float]]:
             values = [sum(values) / len(values)]
         chosen.append(values if len(values) == data.channels else values * data.channels)
     return chosen
+
+
+def lay_out(args, saved: dict | None, batches: int, pictures: int, trial) -> tuple:
+    """How long to train, and fastnet's width: as given, in a run that goes on, or for the time.
+
+    batches, pictures: of an epoch.  trial: see clock.choose_width().
+    """
+    width = args.width
+    if args.plan:
+        source = checkpoint.read_header(args.plan)
+        plan, width = clock.Plan(source["plan"]), source["model_args"].get("width")
+    elif args.time:
+        plan = clock.Plan.by_clock(options.duration(args.time))
+    else:
+        plan = clock.Plan([[0, 0.0, args.epochs * batches]])
+    if saved:
+        width = saved["progress"]["width"]
+    elif plan.seconds and args.model == "fastnet" and not width:
+        width = clock.choose_width(trial, plan.seconds, pictures)
+    return plan, width
 
 
 def introduce(args, data, model, accelerator) -> str:
@@ -163,7 +189,7 @@ def summarise(at: SimpleNamespace, finished: bool) -> bytes:
     summary = {
         "best_epoch": at.best["epoch"],
         "val_accuracy": at.best.get("val_accuracy"),
-        "train_seconds": sum(record["seconds"] for record in at.history),
+        "train_seconds": at.train_seconds,
         "seconds": at.seconds,
         "finished": finished,
     }
@@ -177,6 +203,8 @@ def main(argv=None):
     if args.resume:
         run = run_folder.find(args.resume)
         args = options.parse(parser, argv, recipe=run / "options.yaml")
+    if args.width and args.model not in (None, "fastnet"):
+        raise UserError(f"--width is of fastnet, not of {args.model}")
     if args.model:
         network_defaults(args.model)  # a misspelt name ends here, before any download
     # These take seconds to import, which --help and a misspelt option need not wait for.
@@ -235,40 +263,74 @@ def main(argv=None):
     val_batch = evaluation_batch(args.batch_size, args.accumulate, world, train.in_memory)
     val_loader = data.loader("val", val_batch, **shared) if val else None
 
-    # Model and optimizer.
-    size = (args.image_size,) * 2 if args.image_size else data.image_size
-    torch.manual_seed(args.seed)
-    model_args = {"classes": len(data.classes), "channels": data.channels, "size": size}
-    model = create_model(args.model, **model_args)
+    # The network; one that does not fit ends here, before there is a run folder.
     mean, std = choose_statistics(args, data, network)
-    prepare = Prepare(mean, std, model.input_size).to(device)
-    model = model.to(memory_format=torch.channels_last)
-    if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
-            model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay
-        )
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
-    model, optimizer = accelerator.prepare(model, optimizer)  # device, casts, several processes
-    plain = accelerator.unwrap_model(model)
-    normalised = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in plain.modules())
+    model_args = {
+        "classes": len(data.classes),
+        "channels": data.channels,
+        "size": (args.image_size,) * 2 if args.image_size else data.image_size,
+    }
+    torch.manual_seed(args.seed)
+    model = create_model(args.model, **model_args)
+    normalised = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if normalised and args.batch_size < 2 * world:
         raise UserError(f"--batch-size: batch norm needs 2 pictures a process, so {2 * world}")
-
-    black = torch.zeros(2, data.channels, *data.image_size, dtype=torch.uint8, device=device)
-    runtime.settle_order(model, prepare(black), accelerator)
 
     # The run folder: of the unfinished run with these options, or a new one.
     folder = args.output or options.RUNS / run_name(args)
     run, newest, notes = runtime.from_main(state, lambda: recovery.find_run(parser, args, folder))
+    saved = checkpoint.load_checkpoint(newest) if newest else None
+
+    # How long to train, and by the clock how wide a network.
+    started = time.perf_counter()
+    data.to(device)
+
+    def trial(width: int) -> float:
+        batch = next(on_device(train_loader, device))
+        candidate = create_model(args.model, **model_args, width=width)
+        return world * runtime.speed(candidate, batch, accelerator)
+
+    plan, width = runtime.from_main(
+        state, lambda: lay_out(args, saved, len(train_loader), len(train), trial)
+    )
+    if width:
+        model_args["width"] = width
+        torch.manual_seed(args.seed)
+        model = create_model(args.model, **model_args)
+    spent = time.perf_counter() - started if plan.seconds else 0.0
+
+    # Preparation of the pictures, and the optimizer.
+    prepare = Prepare(mean, std, model.input_size)
+    if not saved and hasattr(model, "whiten"):
+        spread = torch.linspace(0, len(train) - 1, min(1000, len(train))).long()
+        pixels, _, _ = next(on_device([dataset.Pictures(train, data)[0, spread.tolist()]], "cpu"))
+        model.whiten(prepare(pixels))
+    prepare.to(device)
+    model = model.to(memory_format=torch.channels_last)
+    if args.compile:
+        model.compile()
+    optimizer = choices.create_optimizer(
+        args.optimizer, model, args.lr, args.momentum, args.weight_decay
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)  # device, casts, several processes
+    plain = accelerator.unwrap_model(model)
+
+    black = torch.zeros(2, data.channels, *data.image_size, dtype=torch.uint8, device=device)
+    runtime.settle_order(model, prepare(black), accelerator)
+
+    def rate(step: int) -> float:
+        progress, total = plan.at(step)
+        return args.lr * choices.lr_factor(progress, args.warmup, total, args.schedule)
 
     # Where this run is: `batch` and `step` count what is done, of the epoch and of the run; losses
     # [world, 3] are each process's loss, hits and steps with a finite loss since `logged`.
-    at = SimpleNamespace(epoch=0, batch=0, step=0, seconds=0.0, epoch_seconds=0.0, history=[])
+    at = SimpleNamespace(epoch=0, batch=0, step=0, seconds=spent, epoch_seconds=0.0, history=[])
     at.sums, at.losses, at.images, at.logged = torch.zeros(3), torch.zeros(world, 3), 0, 0
-    at.best, at.best_score = None, None
+    at.best, at.best_score, at.train_seconds = None, None, 0.0
+    at.marks, at.width = plan.marks, width
     if newest:
-        at, changes = recovery.restore(newest, data.sha256, model, optimizer, accelerator)
+        at, changes = recovery.restore(newest, saved, data.sha256, model, optimizer, accelerator)
+        plan.marks = at.marks
         notes += changes
     data.notes += notes
     losses = at.losses[rank::world].sum(0).to(device)
@@ -299,10 +361,10 @@ def main(argv=None):
         content = recovery.capture(at, data.sha256, model, optimizer, accelerator)
         saver.save(at.step, content, last)
 
-    total = args.epochs * len(train_loader)
     began, gradient = time.perf_counter() - at.seconds, None
+    epochs = "" if args.time or args.plan else f"/{args.epochs}"
     with Interrupts(world) as interrupts, advice(args.batch_size, args.accumulate):
-        while at.epoch < args.epochs:
+        while at.step < plan.total:
             # Train.  In a step nothing is read back from the device, but the loss at times: every
             # --log-every, and in the first steps, where a learning rate that is too high shows.
             model.train()
@@ -310,7 +372,7 @@ def main(argv=None):
             epoch_began = time.perf_counter() - at.epoch_seconds
             batches = tqdm(
                 on_device(train_loader, device),
-                f"epoch {at.epoch + 1}/{args.epochs}",
+                f"epoch {at.epoch + 1}{epochs}",
                 len(train_loader),
                 leave=False,
                 initial=at.batch,
@@ -318,9 +380,8 @@ def main(argv=None):
             )
             for images, labels, index in batches:
                 runtime.seed_step(args.seed, at.step, rank, world, device)
-                lr = args.lr * lr_factor(at.step, total, args.warmup, args.schedule)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = rate(at.step)
                 images = augment(
                     images, args.augment, not train.in_memory, args.seed, at.epoch, index
                 )
@@ -340,7 +401,9 @@ def main(argv=None):
                     last = k == parts - 1
                     with contextlib.nullcontext() if last else accelerator.no_sync(model):
                         logits = model(prepare(x))
-                        loss = F.cross_entropy(logits, y, reduction="sum")
+                        loss = F.cross_entropy(
+                            logits, y, reduction="sum", label_smoothing=args.label_smoothing
+                        )
                         accelerator.backward(loss * weight)
                     with torch.no_grad():
                         hits = (logits.argmax(1) == y).sum()
@@ -359,27 +422,34 @@ def main(argv=None):
                 optimizer.zero_grad()
                 at.batch, at.step, at.images = at.batch + 1, at.step + 1, at.images + batch_images
                 at.epoch_seconds = time.perf_counter() - epoch_began
+                if plan.is_due(at.step):
+                    plan.look(
+                        at.step, runtime.from_main(state, lambda: runtime.now(device) - began)
+                    )
 
                 is_due = interrupts.agree(saver.is_late()) or saver.is_due(at.step)
-                ends = at.batch == len(train_loader)
+                ends = at.batch == len(train_loader) or at.step == plan.total
                 if look or ends or is_due or interrupts.stop:
                     loss, hits, finite = accelerator.reduce(losses).tolist()
                     if not math.isfinite(loss):
                         step = at.logged + int(finite / world) + 1  # the first one that was not
-                        lr = args.lr * lr_factor(step - 1, total, args.warmup, args.schedule)
+                        lr = rate(step - 1)
                         kept = run / "model.safetensors" if at.best else ""
                         raise UserError(explosion(loss, at.epoch + 1, step, lr, gradient, kept))
                 if at.step % args.log_every == 0 or ends:
                     if is_main:
                         curves.add("scalar", "train_loss", loss / at.images, at.step)
-                        curves.add("scalar", "learning_rate", lr, at.step)
+                        curves.add("scalar", "learning_rate", rate(at.step - 1), at.step)
                     at.sums += torch.tensor([loss, hits, at.images])
                     losses.zero_()
                     at.images, at.logged = 0, at.step
-                if interrupts.stop:
+                if ends:
+                    at.train_seconds = time.perf_counter() - began
+                if ends or interrupts.stop:
                     break
-                if is_due and not ends:
+                if is_due:
                     save()
+            batches.close()
 
             # Validate.
             if not interrupts.stop:
@@ -394,7 +464,7 @@ def main(argv=None):
                 "step": at.step,
                 "train_loss": (at.sums[0] / at.sums[2]).item(),
                 "train_accuracy": (at.sums[1] / at.sums[2]).item(),
-                "lr": args.lr * lr_factor(at.step - 1, total, args.warmup, args.schedule),
+                "lr": rate(at.step - 1),
                 "images_per_second": at.sums[2].item() / at.epoch_seconds,
                 "seconds": at.epoch_seconds,
                 "weights_sha256": checkpoint.digest(plain.state_dict()),
@@ -404,6 +474,7 @@ def main(argv=None):
                 record |= {"val_loss": result["loss"], "val_accuracy": result["top1"]}
                 if not math.isfinite(result["loss"]):  # the last step was one too many
                     kept = saver.kept and run / "model.safetensors"
+                    lr = record["lr"]
                     raise UserError(
                         explosion(result["loss"], at.epoch + 1, at.step, lr, gradient, kept)
                     )
@@ -419,6 +490,7 @@ def main(argv=None):
             if is_main:
                 digests = [[r["step"], r["weights_sha256"]] for r in at.history]
                 header |= {"epoch": at.epoch, "validation": record, "digests": digests}
+                header["plan"] = plan.marks
                 weights = checkpoint.encode(plain.state_dict(), header)
                 if better:
                     saver.weights = weights
@@ -429,11 +501,11 @@ def main(argv=None):
                 for key, value in record.items():
                     if key not in ("step", "weights_sha256"):
                         curves.add("scalar", f"epoch/{key}", value, at.step)
-            save(last=at.epoch == args.epochs)
+            save(last=at.step == plan.total)
             if is_main:
                 run_folder.point_latest(run)
-            left = at.seconds / at.step * (total - at.step)
-            say(describe(record, args.epochs, left))
+            left = at.seconds / at.step * (plan.total - at.step)
+            say(describe(record, epochs, left))
 
     # Where the weights are, and which command comes next.
     if is_main and not interrupts.stop:
@@ -445,7 +517,7 @@ def main(argv=None):
         reached = f", validation accuracy {at.best['val_accuracy']:.2%}" if val else ""
         weights = run / "model.safetensors"
         print(f"weights of epoch {at.best['epoch']}{reached}: {weights}")
-        print(f"training took {sum(record['seconds'] for record in at.history):.1f} s")
+        print(f"training took {at.train_seconds:.1f} s")
         print(f"next: {options.command('test.py', '--weights', weights)}")
     elif is_main:
         print(

@@ -174,7 +174,7 @@ def test_broken_pictures(tmp_path, make_folder):
     assert all(str(file) in line for file, line in zip(bad, listed, strict=True))
     data = load(str(root), ["train", "val"], skip_broken=True)
     assert {s: len(part) for s, part in data.splits.items()} == {"train": 18, "val": 3}
-    assert len(data.splits["train"].images) == 18
+    assert len(data.splits["train"].rows) == 18
     assert "train/ants/3.png" not in data.splits["train"].names
     assert any("3 broken" in note for note in data.notes)
 
@@ -216,11 +216,39 @@ def test_commonest_size(tmp_path, make_folder):
     data = load(str(root), ["train"], val=0)
     part = data.splits["train"]
     assert data.image_size == (12, 10)
-    assert part.images.shape == (20, 3, 12, 10)
-    assert part.images.dtype == torch.uint8
+    images = part.pixels(torch.arange(20))
+    assert images.shape == (20, 3, 12, 10)
+    assert images.dtype == torch.uint8
     for i in (0, 19):
         expected = pictures.read_image(root / part.names[i], 3, (12, 10))
-        assert np.array_equal(part.images[i].permute(1, 2, 0), expected)
+        assert np.array_equal(images[i].permute(1, 2, 0), expected)
+
+
+def test_splits_share_their_pictures(tmp_path, make_folder):
+    """Small pictures of one size lie in memory once, whatever split they belong to."""
+    root = make_folder(tmp_path / "p", {"train": 20, "test": 3}, size=(12, 10))
+    Image.new("L", (10, 12), 77).save(root / "train/bees/0.png")  # a grey one among colours
+    for name, count in ((str(root), 46), ("digits", 1437)):
+        data = load(name, ["train", "val"], val=0.2)
+        train, val = data.splits["train"], data.splits["val"]
+        assert train.images is val.images
+        assert len(train.images) == count
+        assert not set(train.rows.tolist()) & set(val.rows.tolist())
+    data = load(str(root), ["train", "val", "test"], val=0.2)
+    for part in data.splits.values():
+        images = part.pixels(torch.arange(len(part)))
+        for i, name in enumerate(part.names):
+            expected = pictures.read_image(root / name, 3)
+            assert np.array_equal(images[i].permute(1, 2, 0), expected)
+
+
+def test_colours_by_a_grey_networks_eye(tmp_path, make_folder):
+    """Weights of one channel are given the brightness of coloured pictures, not their red."""
+    root = make_folder(tmp_path / "p", {"train": 4, "test": 2}, size=(12, 10))
+    like = {"classes": ["ants", "bees"], "channels": 1, "image_size": [12, 10], "crop": 1.0}
+    part = load(str(root), ["test"], like=like).splits["test"]
+    expected = pictures.read_image(root / part.names[0], 1)
+    assert np.array_equal(part.pixels(torch.tensor([0]))[0].permute(1, 2, 0), expected)
 
 
 def test_channels(tmp_path, make_folder):
@@ -229,10 +257,10 @@ def test_channels(tmp_path, make_folder):
     Image.open(root / "train/ants/0.png").convert("RGB").save(root / "train/ants/0.png")
     data = load(str(root), ["train"], val=0)
     assert data.channels == 1
-    assert data.splits["train"].images.shape == (8, 1, 12, 10)
+    assert data.splits["train"].pixels(torch.arange(8)).shape == (8, 1, 12, 10)
     Image.new("RGB", (10, 12), (200, 10, 10)).save(root / "train/bees/0.png")
     data = load(str(root), ["train"], val=0)
-    images = data.splits["train"].images
+    images = data.splits["train"].pixels(torch.arange(8))
     assert data.channels == 3
     assert images[4, :, 0, 0].tolist() == [200, 10, 10]
     assert torch.equal(images[0, 0], images[0, 2])

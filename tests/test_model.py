@@ -56,16 +56,17 @@ def test_lenet():
 
 @pytest.mark.parametrize("name", model.NETWORKS)
 def test_own_networks_take_channels_classes_and_enlarged_pictures(name):
-    """Any number of channels and classes; the picture is fed at 32×32 whatever its own size."""
+    """Any number of channels and classes; fed at 32×32 or, to fastnet, 16×16 at least."""
+    sizes = {"fastnet": (16, 16), "tutorial_cnn": (32, 32), "lenet": (32, 32)}
     network = model.create_model(name, 7, channels=1, size=(8, 8))
-    assert (network.input_size, network.stem_note) == ((32, 32), "")
+    assert (network.input_size, network.stem_note) == (sizes[name], "")
     assert network(torch.rand(2, 1, *network.input_size)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_one_training_step(name, shape):
-    """Every network trains on every kind of picture, and no parameter is left out."""
+    """Every network trains on every kind of picture, and nothing that is to learn is left out."""
     torch.manual_seed(0)
     network = model.create_model(name, 10, channels=shape[0], size=shape[1:])
     assert network.training
@@ -75,7 +76,7 @@ def test_one_training_step(name, shape):
     loss = F.cross_entropy(network(images), torch.tensor([1, 2]))
     loss.backward()
     assert torch.isfinite(loss)
-    assert [n for n, p in network.named_parameters() if p.grad is None] == []
+    assert [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None] == []
     optimizer.step()
     assert all(p.isfinite().all() for p in network.parameters())
 
@@ -217,3 +218,28 @@ def test_command_prints_own_networks():
         line = next(line for line in shown.splitlines() if line.startswith(name))
         assert parameters in line
         assert "[1, 10]" in line
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_whitening(channels):
+    """After whiten() the first layer's maps of those pictures have no correlation, variance 1."""
+    torch.manual_seed(0)
+    smooth = F.avg_pool2d(torch.randn(200, channels, 34, 34), 3, stride=1)  # neighbours are alike
+    images = smooth + (smooth.mean(1, keepdim=True) if channels > 1 else 0)  # and channels
+    network = model.create_model("fastnet", 10, channels)
+    network.whiten(images)
+    maps = network.whitening(images).transpose(0, 1).flatten(1)
+    half = len(maps) // 2
+    assert half == 4 * channels
+    assert torch.allclose(maps[:half], -maps[half:])
+    product = maps[:half] @ maps[:half].T / maps.shape[1]
+    assert torch.allclose(product, torch.eye(half), atol=0.05)
+
+
+@pytest.mark.parametrize("side", [16, 28, 32, 64])
+def test_fastnet_takes_any_size_and_width(side):
+    """One set of weights serves every size of picture; the width is the first block's channels."""
+    network = model.create_model("fastnet", 10, size=(side, side), width=16).eval()
+    assert network.input_size == (side, side)
+    assert network.blocks[0].conv1.out_channels == 16
+    assert network(torch.rand(2, 3, side, side)).shape == (2, 10)

@@ -16,9 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 import checkpoint
+import clock
 import interrupts
 import metrics
 import options
+import runtime
 
 TINY = ["--model", "lenet", "--epochs", "3", "--batch-size", "8", "--workers", "0"]
 TINY += ["--precision", "no", "--augment", "standard", "--log-every", "3"]  # 12 steps in all
@@ -468,3 +470,45 @@ def test_vanished_picture(make_folder, tmp_path, monkeypatch, capsys):
     assert call(*words) == 1
     error = capsys.readouterr().err
     assert str(lost) in error and len(error.splitlines()) == 1
+
+
+def test_time_budget(command, pictures, tmp_path, monkeypatch):
+    """A run by the clock that was killed goes on with its plan and the time left; and the plan that
+    came of it gives the same weights again, whatever the clock says then.
+    """
+    words = [*command, "--time", "3s", "--save-every", "1"]
+    with monkeypatch.context() as patch:
+        at_call(patch, 12, interrupts.Interrupts, "agree", crash)
+        assert call(*words) == "crashed"
+    newest, _ = checkpoint.newest_checkpoint(tmp_path / "run" / "checkpoint")
+    before = checkpoint.load_checkpoint(newest)["progress"]
+    assert before["marks"][-1][1] > 0
+    assert call(*words) == 0
+    summary = json.loads((tmp_path / "run" / "metrics.json").read_text())["summary"]
+    assert summary["train_seconds"] == pytest.approx(3, rel=0.2)
+    header = checkpoint.read_header(tmp_path / "run" / "model.safetensors")
+    assert header["plan"][: len(before["marks"])] == before["marks"]
+
+    again = ["--data", pictures, "--output", tmp_path / "again", *TINY, "--time", "3s"]
+    assert call(*again, "--plan", tmp_path / "run" / "model.safetensors") == 0
+    repeated = checkpoint.read_header(tmp_path / "again" / "model.safetensors")
+    assert repeated["digests"] == header["digests"]
+    assert repeated["plan"][: len(header["plan"])] == header["plan"]
+
+
+def test_time_budget_keeps_its_width(pictures, tmp_path, monkeypatch):
+    """The network that the clock chose is the one that goes on, though the machine is faster."""
+    words = ["--data", pictures, "--output", tmp_path / "run", "--model", "fastnet"]
+    words += ["--time", "2s", "--batch-size", "8", "--workers", "0", "--precision", "no"]
+    words += ["--save-every", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "speed", lambda *_: 1e-9)
+        at_call(patch, 3, interrupts.Interrupts, "agree", crash)
+        assert call(*words) == "crashed"
+    monkeypatch.setattr(runtime, "speed", lambda *_: 1e9)
+    assert call(*words) == 0
+    header = checkpoint.read_header(tmp_path / "run" / "model.safetensors")
+    assert header["model_args"]["width"] == clock.WIDTHS[0][0]
+    assert call(*words, "--seed", "1") == 0
+    other = checkpoint.read_header(tmp_path / "run-2" / "model.safetensors")
+    assert other["model_args"]["width"] == clock.WIDTHS[-1][0]

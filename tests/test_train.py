@@ -113,15 +113,6 @@ def test_gradients_are_clipped(pictures, tmp_path):
         assert squares.sqrt().item() == pytest.approx(clip, 1e-2)
 
 
-def test_learning_rate_counts_optimizer_steps():
-    """Linear warm-up, then half a cosine to zero at the last step; constant stays."""
-    cosine = [train.lr_factor(step, 110, 10, "cosine") for step in range(110)]
-    assert cosine[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
-    assert cosine[10] == 1 and cosine[60] == pytest.approx(0.5) and 0 < cosine[-1] < 1e-3
-    assert all(b < a for a, b in zip(cosine[10:], cosine[11:], strict=False))
-    assert {train.lr_factor(step, 110, 0, "constant") for step in range(110)} == {1.0}
-
-
 def test_the_best_epoch_is_kept(pictures, tmp_path):
     """model.safetensors is the epoch with the best validation accuracy; epochs/ has them all."""
     # A learning rate that soon ruins the network makes the last epoch a bad one.

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from transforms import Prepare, augment, channel_statistics, uniform
+from transforms import Prepare, augment, channel_statistics, uniform, views
 
 
 def pictures(count, channels=3, height=28, width=28):
@@ -101,6 +101,38 @@ def test_decoded_photographs_are_only_flipped():
     assert torch.equal(augment(images, "light", True, 0, 0, torch.arange(40)), images)
 
 
+def test_mirroring_alternates():
+    """Two epochs in a row show every picture both ways, and then the same again."""
+    images, index = pictures(40), torch.arange(40)
+    first, second, third = (augment(images, "standard", True, 0, e, index) for e in range(3))
+    assert torch.equal(first, third)
+    assert torch.equal(second, first.flip(3))
+
+
+def test_views():
+    """Views weigh 1 together and are what training may have shown: the picture is half of them."""
+    images = pictures(3)
+    assert [(w, x is images) for w, x in views(images, "none", False)] == [(1, True)]
+    assert [w for w, _ in views(images, "light", True)] == [1]
+    for kind, decoded, count in (
+        ("light", False, 3),
+        ("standard", False, 6),
+        ("standard", True, 2),
+    ):
+        shown = views(images, kind, decoded)
+        assert len(shown) == count
+        assert sum(weight for weight, _ in shown) == 1
+        for weight, view in shown:
+            offsets = [
+                find_shift(a, b, 1) for a, b in zip(view.numpy(), images.numpy(), strict=True)
+            ]
+            down, across, _ = offsets[0]
+            assert set(offsets) == {offsets[0]}
+            assert down == across
+            if count == 6:
+                assert weight == (0.25 if down == 1 else 0.125)
+
+
 def test_augment_is_keyed():
     """A picture is changed alike in any batch, and otherwise in the next epoch."""
     images, index = pictures(16), torch.arange(100, 116)
@@ -152,7 +184,7 @@ def test_channel_statistics(count, channels):
     """Mean and deviation are those of all pixels in double precision."""
     images = pictures(count, channels, 6, 7)
     images[:, 0] //= 3
-    mean, std = channel_statistics(images).values()
+    mean, std = channel_statistics(images.split(7)).values()
     pixels = images.numpy().astype(np.float64) / 255
     assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), rel=1e-9)
     assert std == pytest.approx(pixels.std((0, 2, 3)).tolist(), rel=1e-9)
@@ -160,6 +192,6 @@ def test_channel_statistics(count, channels):
 
 def test_channel_without_contrast():
     """A channel of one value has a deviation of one grey level: nothing is divided by zero."""
-    mean, std = channel_statistics(torch.full((3, 1, 4, 4), 51, dtype=torch.uint8)).values()
+    mean, std = channel_statistics([torch.full((3, 1, 4, 4), 51, dtype=torch.uint8)]).values()
     assert mean == pytest.approx([0.2])
     assert std == pytest.approx([1 / 255])

@@ -1,0 +1,47 @@
+"""Draw the README's plot, recipes/accuracy.svg, from the stored results: needs matplotlib.
+
+python scripts/plot.py
+"""
+
+import hashlib
+import json
+import sys
+
+import _root  # noqa: F401
+import options
+from checkpoint import atomic_write
+
+
+def main(argv=None):
+    options.parse(options.parser(__doc__), argv)
+    import io
+
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    stored = (options.RECIPES / "results.json").read_bytes()
+    curves = json.loads(stored)["accuracy_against_seconds"]
+    pyplot.rcParams.update({"svg.hashsalt": "lenslet", "font.size": 9})
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
+    for (name, points), marker in zip(curves.items(), "os^", strict=False):
+        seconds, accuracy = zip(*points, strict=True)
+        axes.plot(seconds, [100 * a for a in accuracy], marker=marker, markersize=4, label=name)
+    ticks = [10, 30, 60, 120, 300, 600]
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{t} s" if t < 60 else f"{t // 60} min" for t in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="training time", ylabel="test accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    drawn = io.BytesIO()
+    # The digest tells a test whether the picture is of these results.
+    about = {"Date": None, "Description": hashlib.sha256(stored).hexdigest()}
+    figure.savefig(drawn, format="svg", metadata=about)
+    atomic_write(options.RECIPES / "accuracy.svg", drawn.getvalue())
+    print(f"drawn: {options.RECIPES / 'accuracy.svg'}")
+
+
+if __name__ == "__main__":
+    sys.exit(options.run(main))
