@@ -317,11 +317,12 @@ def load(
 
     in_memory = in_memory and max(image_size) <= SMALL
     if in_memory:
-        fits = array is not None and array.shape[1:3] == image_size
-        if not fits or (array.shape[3] != channels and not all(greys)) or array.shape[3] < channels:
+        fits = array is not None and array.shape[2:] == image_size
+        fits &= fits and array.shape[1] >= channels and (array.shape[1] == channels or all(greys))
+        if not fits:
             files = [file for part in rows.values() for file, _ in part]
-            array = np.stack([read(file) for file in files])
-        stacked = torch.from_numpy(array[..., :channels]).permute(0, 3, 1, 2)
+            array = np.stack([read(file).transpose(2, 0, 1) for file in files])
+        stacked = torch.from_numpy(array[:, :channels])
         place = {file: i for i, file in enumerate(files)}
     splits = {}
     for split, part in rows.items():

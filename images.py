@@ -140,7 +140,7 @@ def inspect_images(
     """Decode every file once: {file: (longer side, grey, pixels if small)}, and what is broken.
 
     Pixels are kept where the longer side is at most `small`, and where all these have one shape,
-    in one array, which is returned too: uint8 [files, H, W, C].  What was found of photographs is
+    in one array, which is returned too: uint8 [files, C, H, W].  What was found of photographs is
     kept in the file `store`: they are decoded again only after they have changed.
     """
     try:
@@ -174,13 +174,15 @@ def inspect_images(
                 continue
             side, grey, pixels = result
             if pixels is not None:
+                planes = pixels.transpose(2, 0, 1)
                 if array is None:
-                    array = np.empty((len(files), *pixels.shape), np.uint8)
-                fits = pixels.shape in (array.shape[1:], (*array.shape[1:3], 1))
+                    array = np.empty((len(files), *planes.shape), np.uint8)
+                row = array[place[file]]
+                fits = planes.shape in (row.shape, (1, *row.shape[1:]))
                 alike &= fits
                 if fits:
-                    array[place[file]] = pixels  # what is grey among colours is made colour
-                    pixels = array[place[file]]
+                    row[:] = planes  # what is grey among colours is made colour
+                    pixels = row.transpose(1, 2, 0)
             found[file] = side, grey, pixels
     photos = {
         stamps[f][0]: [*stamps[f][1:], *found[f][:2]]

@@ -38,27 +38,33 @@ def augment(images: Tensor, kind: str, decoded: bool, seed: int, epoch: int, ind
     where a new draw in each would repeat half of them (Jordan 2024, arXiv:2404.00498).
     """
     move, flip = AUGMENTATIONS[kind]
-    if move and not decoded:
-        height, width = images.shape[2:]
-        reach = min(max(1, round(min(height, width) / 14)), min(height, width) - 1)
-        windows = _windows(images, reach)
-        draws = uniform(seed, epoch, index, 2)
-        down, across = (draws * (2 * reach + 1)).long().unbind(1)
-        images = windows[torch.arange(len(images), device=images.device), :, down, across]
+    mirrored = torch.zeros_like(index, dtype=torch.bool)
     if flip:
-        mirrored = (uniform(seed, -1, index, 1) < 0.5) ^ (epoch % 2 == 1)
-        images = torch.where(mirrored[:, :, None, None], images.flip(3), images)
-    return images
+        mirrored = (uniform(seed, -1, index, 1)[:, 0] < 0.5) ^ (epoch % 2 == 1)
+    if move and not decoded:
+        side = min(images.shape[2:])
+        reach = min(max(1, round(side / 14)), side - 1)
+        shifts = (uniform(seed, epoch, index, 2) * (2 * reach + 1)).long() - reach
+        return _shift(images, *shifts.unbind(1), mirrored)
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images) if flip else images
 
 
-def _windows(images: Tensor, reach: int) -> Tensor:
-    """All shifted copies of a batch, [B, C, 2 reach + 1 down, 2 reach + 1 across, H, W], as a view.
+def _shift(images: Tensor, down: Tensor, across: Tensor, mirrored: Tensor) -> Tensor:
+    """Windows of the pictures with reflected borders: of [B, C, H, W] by int64 [B], bool [B].
 
-    The border is reflected.
+    One look-up does all of it, which takes half the time of padding, cutting and mirroring.
     """
     height, width = images.shape[2:]
-    padded = F.pad(images.float(), [reach] * 4, mode="reflect").to(torch.uint8)
-    return padded.unfold(2, height, 1).unfold(3, width, 1)
+
+    def positions(offset, side):  # [B, side]
+        at = (torch.arange(side, device=images.device) + offset[:, None]).abs()
+        return torch.where(at < side, at, 2 * (side - 1) - at)
+
+    columns = positions(across, width)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    at = positions(down, height)[:, :, None] * width + columns[:, None]  # [B, H, W]
+    at = at.flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    return images.flatten(2).gather(2, at).view(images.shape)
 
 
 def views(images: Tensor, kind: str, decoded: bool) -> list[tuple[float, Tensor]]:
@@ -71,14 +77,11 @@ def views(images: Tensor, kind: str, decoded: bool) -> list[tuple[float, Tensor]
     move, flip = AUGMENTATIONS[kind]
     found = [(1.0, images)]
     if move and not decoded and min(images.shape[2:]) > 1:
-        windows = _windows(images, 1)
-        found = [(0.5, images), *((0.25, windows[:, :, k, k]) for k in (0, 2))]
+        one = torch.ones(len(images), dtype=torch.int64, device=images.device)
+        shifted = [_shift(images, by, by, one < 0) for by in (-one, one)]
+        found = [(0.5, images), *((0.25, view) for view in shifted)]
     if flip:
-        found = [
-            (w / 2, x)
-            for weight, view in found
-            for w, x in ((weight, view), (weight, view.flip(3)))
-        ]
+        found = [(share / 2, x) for share, view in found for x in (view, view.flip(3))]
     return found
 
 
@@ -96,8 +99,9 @@ class Prepare(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        images = images.to(torch.float32, memory_format=torch.channels_last)
-        images = images.sub_(self.mean).div_(self.std)
+        # Channels are moved last at the end: where they are, three means cannot be vectorised.
+        images = images.float().sub_(self.mean).div_(self.std)
+        images = images.contiguous(memory_format=torch.channels_last)
         if images.shape[2:] != self.input_size:
             images = F.interpolate(images, self.input_size, mode="bilinear", antialias=True)
         return images

@@ -34,6 +34,7 @@ import torch
 import train
 from PIL import Image
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import _root  # noqa: F401
 import checkpoint
@@ -185,7 +186,7 @@ def product_speed(device, precision: str) -> float:
     return 5 * 2 * 4096**3 / (runtime.now(device) - began)
 
 
-def bench_step(args, batch=256, steps=16) -> dict:
+def bench_step(args, batch=256, steps=10) -> dict:
     """Steps of the fast network, and of ResNet-18 fitted to small pictures."""
     accelerator = runtime.accelerator("auto")
     device, precision = accelerator.device, accelerator.mixed_precision
@@ -212,7 +213,7 @@ def compare_steps(name, data, batch, count, folder, accelerator) -> dict:
     size = {"classes": len(data.classes), "channels": data.channels, "size": data.image_size}
     network = create_model(name, **size).to(device, memory_format=torch.channels_last)
     prepare = Prepare([0.5] * data.channels, [0.25] * data.channels, network.input_size).to(device)
-    optimizer = choices.create_optimizer("muon", network, 0.02, 0.6, 0.0)
+    optimizer = choices.create_optimizer("sgd", network, 0.01, 0.9, 0.0)
     images = prepare(part.pixels(torch.arange(batch)).to(device))
     labels, index = part.labels[:batch].to(device), torch.arange(batch, device=device)
     loader, pick = data.loader("train", 4 * batch), dataset.Pictures(part, data)
@@ -233,9 +234,9 @@ def compare_steps(name, data, batch, count, folder, accelerator) -> dict:
             optimizer.step()
             optimizer.zero_grad()
 
-    words = ["--data", data.name, "--model", name, "--optimizer", "muon", "--lr", 0.02]
-    words += ["--momentum", 0.6, "--weight-decay", 0, "--augment", "standard", "--val", 0]
-    words += ["--batch-size", batch, "--epochs", 2]
+    words = ["--data", data.name, "--model", name, "--optimizer", "sgd", "--lr", 0.01]
+    words += ["--momentum", 0.9, "--weight-decay", 0, "--augment", "standard", "--val", 0]
+    words += ["--batch-size", batch, "--epochs", 2, "--log-every", steps]
 
     def ours() -> float:
         output = Path(tempfile.mkdtemp(dir=folder))
@@ -259,7 +260,7 @@ def compare_steps(name, data, batch, count, folder, accelerator) -> dict:
     ]
     forward_, data_, evaluate_ = map(statistics.median, zip(*others[1:], strict=True))
     network.train()
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         forward().sum().backward()
     step = statistics.median(mine for mine, _ in rounds)
     return {
