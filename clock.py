@@ -11,8 +11,9 @@ FIRST = 2  # steps before the first look at the clock: they warm up caches and l
 # Measured on CIFAR-10, validation accuracy by width and epochs, at about equal times of two cores:
 #    60 s:  24 x 2.6 82.8 %, 32 x 2.4 84.0 %
 #   255 s:  32 x 12 87.7 %, 48 x 6.0 88.6 %
-# Pictures of 24 pixels in the first half of the steps, which leaves time for 5 epochs rather than 4,
-# or 15 rather than 12, gave 85.8 for 86.0 % and 87.6 for 87.7 %: so they have their full size always.
+# Pictures of 24 pixels in the first half of the steps, which leaves time for 5 epochs and not 4, or
+# 15 and not 12, gave 85.8 instead of 86.0 % and 87.6 instead of 87.7 %: so every budget has them at
+# their full size from the first epoch on.
 WIDTHS = ((16, 0), (32, 2), (48, 4.5), (64, 6), (96, 10), (128, 16))
 APART = 0.04  # share of the time between two looks; towards the end, half of what is left
 

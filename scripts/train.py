@@ -141,14 +141,14 @@ def choose_statistics(args, data, network) -> list[list[float]]:
     return chosen
 
 
-def lay_out(args, saved: dict | None, batches: int, pictures: int, trial) -> tuple:
+def lay_out(args, source: dict | None, saved: dict | None, batches, pictures, trial) -> tuple:
     """How long to train, and fastnet's width: as given, in a run that goes on, or for the time.
 
+    source: the header that --plan names.  saved: the checkpoint that the run goes on from.
     batches, pictures: of an epoch.  trial: see clock.choose_width().
     """
     width = args.width
-    if args.plan:
-        source = checkpoint.read_header(args.plan)
+    if source:
         plan, width = clock.Plan(source["plan"]), source["model_args"].get("width")
     elif args.time:
         plan = clock.Plan.by_clock(options.duration(args.time))
@@ -207,6 +207,9 @@ def main(argv=None):
         raise UserError(f"--width is of fastnet, not of {args.model}")
     if args.model:
         network_defaults(args.model)  # a misspelt name ends here, before any download
+    source = checkpoint.read_header(args.plan) if args.plan else None
+    if source and "plan" not in source:
+        raise UserError(f"--plan {args.plan}: written before plans were kept")
     # These take seconds to import, which --help and a misspelt option need not wait for.
     import recovery
     import runtime
@@ -291,7 +294,7 @@ def main(argv=None):
         return world * runtime.speed(candidate, batch, accelerator)
 
     plan, width = runtime.from_main(
-        state, lambda: lay_out(args, saved, len(train_loader), len(train), trial)
+        state, lambda: lay_out(args, source, saved, len(train_loader), len(train), trial)
     )
     if width:
         model_args["width"] = width

@@ -157,6 +157,38 @@ def test_what_tensorboard_shows(pictures, tmp_path):
     assert "_hparams_/session_start_info" in events.summary_metadata
 
 
+def test_tta_is_reported_beside_the_plain_figure(pictures, tmp_path, capsys):
+    """--tta changes no plain figure, and averages what training may have shown, by hand."""
+    run = tmp_path / "run"
+    fit(pictures, run, "--augment", "standard")
+    words = ["--weights", run / "model.safetensors", "--workers", "0", "--precision", "no"]
+    assert call(measure.main, *words) == 0
+    plain = json.loads((run / "report" / "metrics.json").read_text())
+    assert call(measure.main, *words, "--tta") == 0
+    both = json.loads((run / "report" / "metrics.json").read_text())
+    tta = both.pop("tta")
+    assert both == plain
+    network, prepare, header = checkpoint.load_model(run / "model.safetensors")
+    files = sorted((pictures / "test").rglob("*.png"))
+    images = torch.stack([torch.from_numpy(read_image(f, 3)).permute(2, 0, 1) for f in files])
+    labels = torch.tensor([header["classes"].index(f.parent.name) for f in files])
+    padded = F.pad(images.float(), [1] * 4, mode="reflect").to(torch.uint8)
+    shown = [(0.5, images), (0.25, padded[..., :-2, :-2]), (0.25, padded[..., 2:, 2:])]
+    with torch.no_grad():
+        mean = sum(
+            share / 2 * network(prepare(view)).softmax(1)
+            for share, whole in shown
+            for view in (whole, whole.flip(3))
+        )
+    assert tta["loss"] == pytest.approx(F.nll_loss(mean.log(), labels).item(), rel=1e-4)
+    assert tta["top1"] == pytest.approx((mean.argmax(1) == labels).double().mean().item())
+    assert "--tta" in capsys.readouterr().out
+
+    fit(pictures, tmp_path / "plain", "--augment", "none")
+    assert call(measure.main, "--weights", tmp_path / "plain" / "model.safetensors", "--tta") == 2
+    assert "--augment" in capsys.readouterr().err
+
+
 def test_test_py_measures_every_picture(pictures, tmp_path, capsys):
     """The report's figures follow from its own CSV, which has one row for every test picture."""
     fit(pictures, tmp_path / "run")
@@ -273,6 +305,10 @@ def test_without_network_the_digits_are_used(tmp_path, monkeypatch, capsys):
         (["--config", "tutorail"], "did you mean tutorial"),
         (["--data", "no/such/folder"], "no such folder"),
         (["--mean", "0.1", "0.2"], "one per channel"),
+        (["--width", "32"], "of fastnet, not of lenet"),
+        (["--time", "60"], "no time like"),
+        (["--warmup", "20.5"], "not a whole number"),
+        (["--plan", "no/such/file"], "no such weights file"),
         (["--precision", "fp16"], "--precision no"),
     ],
 )
