@@ -24,7 +24,8 @@ from options import UserError
 from transforms import Prepare
 
 FORMAT, CHECKPOINT = "lenslet", "lenslet-checkpoint"
-VERSION = "1"
+VERSION = "1"  # of weights
+STATE = "2"  # of checkpoints
 TEXT = {"format", "version", "model", "stem", "data", "data_sha256", "sha256"}  # the rest is JSON
 
 
@@ -163,7 +164,7 @@ def save_checkpoint(
     if weights is not None:
         files["model.safetensors"] = weights
     sums = {name: [len(data), hashlib.sha256(data).hexdigest()] for name, data in files.items()}
-    manifest = {"format": CHECKPOINT, "version": VERSION, "files": sums}
+    manifest = {"format": CHECKPOINT, "version": STATE, "files": sums}
     number = 1 + max((_number(old) for old in _saved(folder)), default=0)
     path = folder / f"{number:06d}-step-{step}"
     aside = folder / f".{path.name}"
@@ -220,8 +221,8 @@ def _fault(path: Path) -> str:
     name = "manifest.json"
     try:
         manifest = json.loads((path / name).read_text())
-        if (manifest["format"], manifest["version"]) != (CHECKPOINT, VERSION):
-            return f"not of format {CHECKPOINT}, version {VERSION}"
+        if (manifest["format"], manifest["version"]) != (CHECKPOINT, STATE):
+            return f"not of format {CHECKPOINT}, version {STATE}"
         if missing := {"state.json", "state.safetensors"} - manifest["files"].keys():
             return f"its manifest lacks {' and '.join(sorted(missing))}"
         for name, (size, sha256) in manifest["files"].items():

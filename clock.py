@@ -22,11 +22,11 @@ class Plan:
     """The length of a run in optimizer steps, fixed beforehand or following the clock.
 
     marks: [[step, progress, total], …].  From each mark's step on, progress grows evenly from what
-    it was there to 1 at `total` steps, as far as the next mark.  A fixed number of steps is the one
-    mark [0, 0, total].  By the clock, progress at a mark is the share of the time that is spent,
-    and total follows from the speed measured since; so the schedule ends when the time does, though
-    the speed of a machine may drift.  A learning rate depends on the marks alone: a run that is
-    given the marks of another takes the same steps, bit for bit.
+    it was there to 1 at `total` steps, until the next one corrects it.  A fixed number of steps is
+    the one mark [0, 0, total].  By the clock, progress at a mark is the share of the time that is
+    spent, and total follows from the speed measured since; so the schedule ends when the time does,
+    though the speed of a machine may drift.  A learning rate depends on the marks alone: a run that
+    is given the marks of another takes the same steps, bit for bit.
     """
 
     def __init__(self, marks: list[list], seconds: float | None = None):
@@ -69,7 +69,8 @@ class Plan:
         first, before, _ = recent[0] if recent else self.marks[0]
         left = (1 - done) * (step - first) / max(done - before, 1e-9)
         if done < 1:
-            self.marks.append([step, done, step + max(1, round(left))])
+            # After slow first steps two more are taken at least, to have the speed without them.
+            self.marks.append([step, done, step + max(1 if recent else 2, round(left))])
         else:
             self.marks.append([step, 1.0, step])
 

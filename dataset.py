@@ -191,7 +191,9 @@ def on_device(loader: DataLoader, device: torch.device):
     for batch in loader:
         if isinstance(batch, Exception):
             raise batch
-        yield tuple(part.to(device, non_blocking=True) for part in batch)
+        # Towards the CPU nothing would wait for the copy.
+        wait = torch.device(device).type == "cpu"
+        yield tuple(part.to(device, non_blocking=not wait) for part in batch)
 
 
 def generator_for(seed: int, epoch: int) -> torch.Generator:

@@ -172,7 +172,7 @@ def create_model(
 def network_defaults(name: str) -> dict:
     """How photographs are prepared for a network, where neither data nor weights say it.
 
-    image_size     side in pixels; 32 for our own networks, which take nothing else
+    image_size     side in pixels; 32 for our own networks
     mean, std      three floats each, 0..1 scale
     crop           the share of the resized picture's side that the centre crop keeps
 

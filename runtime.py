@@ -224,12 +224,11 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def speed(network: torch.nn.Module, batch: tuple, accelerator: Accelerator) -> float:
+def speed(network: torch.nn.Module, images, labels, accelerator: Accelerator) -> float:
     """Pictures a second that this process trains a network on; nothing is learned.
 
-    batch: (uint8 [B, C, H, W], labels [B], …).
+    images [B, C, H, W] as it is fed them, labels [B].
     """
-    images, labels = batch[0].float(), batch[1]
     network.to(accelerator.device, memory_format=torch.channels_last)
     for step in range(3):
         if step == 1:  # libraries choose their ways in the first one

@@ -7,7 +7,7 @@
     tutorial   ten epochs as the tutorials write them, in a process of its own, and by train.py
     step       a step of train.py against a bare loop over tensors that are ready in memory, and
                its arithmetic against a matrix product
-    accuracy   what train.py reaches in given times
+    accuracy   what train.py reaches in given times, and the time to given accuracies
     photos     decoding, against torchvision's ImageFolder: --photos DIR, or 12 megapixels each
     predict    the start of predict.py against `import torch`, and pictures a second
 
@@ -157,8 +157,15 @@ def bench_tutorial(args) -> dict:
 
 
 def bench_accuracy(args) -> dict:
-    """One run of the data set's recipe for each of --times."""
-    return {"runs": [{"time": t, **trained(args, "--time", t)} for t in args.times]}
+    """One run of the data set's recipe for each of --times, and the shortest to --targets."""
+    runs = [{"time": t, **trained(args, "--time", t)} for t in args.times]
+    seconds_to = {
+        f"{target:.0%}": min(
+            (r["train_seconds"] for r in runs if r["accuracy"] >= target), default=None
+        )
+        for target in args.targets
+    }
+    return {"runs": runs, "seconds_to": seconds_to}
 
 
 def sample(args, folder: Path, count: int) -> dataset.Data:
@@ -416,7 +423,13 @@ def main(argv=None):
     parser.add_argument("--rounds", type=number(int, 1), default=5, help="of each comparison")
     parser.add_argument("--workers", type=number(int, 0), default=2, help="of photos")
     help = "what `accuracy` trains for"
-    parser.add_argument("--times", type=options.span, nargs="+", default=["15s", "60s"], help=help)
+    times = ["10s", "20s", "40s", "80s"]
+    parser.add_argument("--times", type=options.span, nargs="+", default=times, help=help)
+    help = "accuracies, 0..1, whose training time `accuracy` looks for"
+    targets = [0.6, 0.7, 0.8]
+    parser.add_argument(
+        "--targets", type=number(float, 0, 1), nargs="+", default=targets, help=help
+    )
     args = options.parse(parser, argv)
     for part in args.parts:
         if part not in PARTS:

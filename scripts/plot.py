@@ -4,30 +4,32 @@ python scripts/plot.py
 """
 
 import hashlib
+import io
 import json
 import sys
 
 import _root  # noqa: F401
 import options
 from checkpoint import atomic_write
+from options import OutsideError
 
 
 def main(argv=None):
     options.parse(options.parser(__doc__), argv)
-    import io
-
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
+    try:
+        import matplotlib
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise OutsideError("matplotlib is not here: `make check` installs it") from error
 
     stored = (options.RECIPES / "results.json").read_bytes()
     curves = json.loads(stored)["accuracy_against_seconds"]
+    matplotlib.use("svg")
     pyplot.rcParams.update({"svg.hashsalt": "lenslet", "font.size": 9})
     figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
-    for (name, points), marker in zip(curves.items(), "os^", strict=False):
+    for name, points in curves.items():
         seconds, accuracy = zip(*points, strict=True)
-        axes.plot(seconds, [100 * a for a in accuracy], marker=marker, markersize=4, label=name)
+        axes.plot(seconds, [100 * a for a in accuracy], marker="o", markersize=4, label=name)
     ticks = [10, 30, 60, 120, 300, 600]
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{t} s" if t < 60 else f"{t // 60} min" for t in ticks])

@@ -40,7 +40,7 @@ def command(weights: Path, header: dict, args, config: Path) -> list[str]:
         words += ["--precision", header["precision"]]
     if args.data:
         words += ["--data", args.data]
-    if header["options"].get("time"):
+    if header["options"].get("time") or header["options"].get("plan"):
         words += ["--plan", weights.resolve()]
     launcher = [sys.executable]
     if header["processes"] > 1:

@@ -116,7 +116,7 @@ def report(args, weights: Path, header: dict, data: dataset.Data, split: str, ro
         old.unlink()
     for k, i in enumerate(chosen):
         if part.in_memory:
-            image = part.images[i]
+            image = part.pixels(torch.tensor([i]))[0]
         else:
             pixels = pictures.read_image(part.images[i], data.channels)
             image = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -150,8 +150,6 @@ def main(argv=None):
     # Data: the test pictures, or the validation ones where there are none.  What was said for
     # training holds here too, unless it is said anew.
     trained = header["options"]
-    if args.tta and trained["augment"] == "none":
-        raise UserError("--tta: these weights were trained without --augment, so as pictures are")
     state = runtime.launch()
     kept = "no" if trained["precision"] == "no" else "auto"  # the device may be another one
     accelerator = runtime.accelerator(args.precision, otherwise=kept)
@@ -179,6 +177,14 @@ def main(argv=None):
             + (", by which the weights were chosen" if trained["val"] else "")
         )
 
+    def shown(images):
+        return views(images, trained["augment"], not data.splits[split].in_memory)
+
+    if args.tta and len(shown(torch.zeros(1, data.channels, 4, 4, dtype=torch.uint8))) == 1:
+        raise UserError(
+            f"--tta: training (--augment {trained['augment']}) did not shift or mirror pictures"
+        )
+
     # Evaluate.
     rank, world = state.process_index, state.num_processes
     batch = args.batch_size or evaluation_batch(
@@ -188,10 +194,7 @@ def main(argv=None):
     evaluated = model.to(device), loader, prepare.to(device), accelerator
     rows, averaged = evaluate(*evaluated), None
     if args.tta:
-        decoded = not data.splits[split].in_memory
-        averaged = evaluate(
-            *evaluated, views=lambda images: views(images, trained["augment"], decoded)
-        )
+        averaged = evaluate(*evaluated, views=shown)
     if accelerator.is_main_process:
         report(args, weights, header, data, split, rows, averaged)
     accelerator.wait_for_everyone()  # without it gloo now and then aborts while shutting down

@@ -65,9 +65,9 @@ def build_parser() -> options.Parser:
     help = "channels of fastnet's first block (default: 32, or what suits --time)"
     add("--width", metavar="N", type=number(int, 8), help=help)
     add("--epochs", metavar="N", type=count, default=10, help="times through all pictures")
-    help = "train for so long (60s, 5m, 2h) instead, from the first step to the last"
+    help = "train for so long (60s, 5m, 2h) instead, all from the first step to the last counted in"
     add("--time", metavar="T", type=options.span, help=help)
-    help = "a model.safetensors trained with --time, to repeat its steps whatever the clock says"
+    help = "weights trained with --time: repeat their steps, whatever the clock says"
     add("--plan", metavar="FILE", help=help)
     help = "pictures per optimizer step, over all processes"
     add("-b", "--batch-size", metavar="N", type=count, default=64, help=help)
@@ -203,8 +203,6 @@ def main(argv=None):
     if args.resume:
         run = run_folder.find(args.resume)
         args = options.parse(parser, argv, recipe=run / "options.yaml")
-    if args.width and args.model not in (None, "fastnet"):
-        raise UserError(f"--width is of fastnet, not of {args.model}")
     if args.model:
         network_defaults(args.model)  # a misspelt name ends here, before any download
     source = checkpoint.read_header(args.plan) if args.plan else None
@@ -227,6 +225,10 @@ def main(argv=None):
         args.data = typed.data
     if not args.model:
         raise UserError(f"--config {args.config} names no model: add one there, or give --model")
+    if args.width and args.model != "fastnet":
+        raise UserError(f"--width is of fastnet, not of {args.model}")
+    if source and source["model"] != args.model:
+        raise UserError(f"--plan {args.plan} is of {source['model']}, not of {args.model}")
     rank, world = state.process_index, state.num_processes
     if args.batch_size % world:
         near = max(world, args.batch_size // world * world)
@@ -256,6 +258,7 @@ def main(argv=None):
             workers=workers,
         ),
     )
+    data.to(device)
     train, val = data.splits["train"], data.splits.get("val")
     if len(train) < 2 * world:
         raise UserError(f"--data {args.data}: {len(train)} training pictures are too few")
@@ -286,12 +289,13 @@ def main(argv=None):
 
     # How long to train, and by the clock how wide a network.
     started = time.perf_counter()
-    data.to(device)
 
     def trial(width: int) -> float:
-        batch = next(on_device(train_loader, device))
+        images, labels, _ = next(on_device(train_loader, device))
+        part = max(2, len(labels) // args.accumulate)
         candidate = create_model(args.model, **model_args, width=width)
-        return world * runtime.speed(candidate, batch, accelerator)
+        scaled = Prepare(mean, std, candidate.input_size).to(device)(images[:part])
+        return world * runtime.speed(candidate, scaled, labels[:part], accelerator)
 
     plan, width = runtime.from_main(
         state, lambda: lay_out(args, source, saved, len(train_loader), len(train), trial)
@@ -305,7 +309,8 @@ def main(argv=None):
     # Preparation of the pictures, and the optimizer.
     prepare = Prepare(mean, std, model.input_size)
     if not saved and hasattr(model, "whiten"):
-        spread = torch.linspace(0, len(train) - 1, min(1000, len(train))).long()
+        few = min(1000, len(train), max(10, 2**20 // math.prod(model.input_size)))
+        spread = torch.linspace(0, len(train) - 1, few).long()
         pixels, _, _ = next(on_device([dataset.Pictures(train, data)[0, spread.tolist()]], "cpu"))
         model.whiten(prepare(pixels))
     prepare.to(device)
@@ -367,11 +372,12 @@ def main(argv=None):
     began, gradient = time.perf_counter() - at.seconds, None
     epochs = "" if args.time or args.plan else f"/{args.epochs}"
     with Interrupts(world) as interrupts, advice(args.batch_size, args.accumulate):
-        while at.step < plan.total:
+        while at.step < plan.total or at.batch:  # a signal may have come between steps and end
             # Train.  In a step nothing is read back from the device, but the loss at times: every
             # --log-every, and in the first steps, where a learning rate that is too high shows.
             model.train()
-            train_loader.sampler.epoch, train_loader.sampler.start = at.epoch, at.batch
+            start = at.batch if at.step < plan.total else len(train_loader)
+            train_loader.sampler.epoch, train_loader.sampler.start = at.epoch, start
             epoch_began = time.perf_counter() - at.epoch_seconds
             batches = tqdm(
                 on_device(train_loader, device),

@@ -19,6 +19,7 @@ def drive(seconds, step_seconds):
 SPEEDS = {
     "steady": lambda k: 0.1,
     "a slow start": lambda k: 5.0 if k == 0 else 0.1,
+    "a very slow start": lambda k: 40.0 if k == 0 else 0.1,
     "slower half-way": lambda k: 0.1 if k < 300 else 0.2,
     "faster half-way": lambda k: 0.1 if k < 300 else 0.05,
     "noisy": lambda k: 0.05 + 0.1 * (k * 7919 % 13) / 13,

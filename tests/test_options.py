@@ -1,6 +1,7 @@
 """Options mean the same from a file and from the command line, and mistakes end in one line."""
 
 import argparse
+import hashlib
 import json
 import statistics
 import subprocess
@@ -279,17 +280,31 @@ def test_command(monkeypatch):
     assert str(options.ROOT / "scripts" / "test.py").lstrip("/") in options.command("test.py")
 
 
+def per_cent(values):
+    """Mean ± deviation of fractions, as the README has it."""
+    if len(values) == 1:
+        return f"{100 * values[0]:.1f}"
+    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+
+
 def test_the_readme_tells_the_stored_results():
-    """Every figure of the README's table is computed from recipes/results.json."""
+    """Every figure of the README's tables is computed from recipes/results.json."""
     stored = json.loads((options.RECIPES / "results.json").read_text())
     readme = (options.ROOT / "README.md").read_text()
     for result in stored["results"]:
         assert (options.RECIPES / f"{result['recipe']}.yaml").is_file()
-        accuracies, count = result["accuracy"], len(result["accuracy"])
-        accuracy = f"{100 * statistics.mean(accuracies):.1f}"
-        if count > 1:
-            accuracy += f" ± {100 * statistics.stdev(accuracies):.1f}"
-        seconds = statistics.mean(result["train_seconds"])
-        cells = [result["title"], f"{accuracy} % ({count})", f"{seconds:.0f} s"]
-        row = f"| {' | '.join(cells)} | `{result['command']}` |"
+        accuracy = f"{per_cent(result['accuracy'])} ({len(result['accuracy'])})"
+        averaged = per_cent(result["tta_accuracy"]) if "tta_accuracy" in result else ""
+        seconds = f"{statistics.mean(result['train_seconds']):.0f} s"
+        cells = [result["title"], accuracy, averaged, seconds, f"`{result['command']}`"]
+        row = f"| {' | '.join(cells)} |"
         assert row in readme, row
+    for figure in stored["comparisons"]:
+        row = f"| {figure['title']} | {figure['times']:.2f} | `{figure['command']}` |"
+        assert row in readme, row
+
+
+def test_the_plot_is_of_the_stored_results():
+    """The README's plot was drawn from the results as they are; else run scripts/plot.py."""
+    stored = hashlib.sha256((options.RECIPES / "results.json").read_bytes()).hexdigest()
+    assert stored in (options.RECIPES / "accuracy.svg").read_text()

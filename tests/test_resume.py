@@ -120,6 +120,8 @@ def test_killed_at_a_step(command, undisturbed, tmp_path, monkeypatch, step, eve
         (interrupts.Interrupts, "agree", 2),
         (interrupts.Interrupts, "agree", 4),  # with the evaluation's own: the last of an epoch
         (metrics, "on_device", 2),  # while it is evaluated
+        (interrupts.Interrupts, "agree", 14),  # the last of all
+        (metrics, "on_device", 3),
         (checkpoint, "save_checkpoint", 1),
     ],
 )
@@ -492,7 +494,7 @@ def test_time_budget(command, pictures, tmp_path, monkeypatch):
     again = ["--data", pictures, "--output", tmp_path / "again", *TINY, "--time", "3s"]
     assert call(*again, "--plan", tmp_path / "run" / "model.safetensors") == 0
     repeated = checkpoint.read_header(tmp_path / "again" / "model.safetensors")
-    assert repeated["digests"] == header["digests"]
+    assert repeated["digests"][: len(header["digests"])] == header["digests"]
     assert repeated["plan"][: len(header["plan"])] == header["plan"]
 
 

@@ -306,6 +306,7 @@ def test_without_network_the_digits_are_used(tmp_path, monkeypatch, capsys):
         (["--data", "no/such/folder"], "no such folder"),
         (["--mean", "0.1", "0.2"], "one per channel"),
         (["--width", "32"], "of fastnet, not of lenet"),
+        (["--data", "digits", "--width", "32"], "of fastnet, not of lenet"),
         (["--time", "60"], "no time like"),
         (["--warmup", "20.5"], "not a whole number"),
         (["--plan", "no/such/file"], "no such weights file"),
