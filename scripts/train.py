@@ -129,7 +129,7 @@ def choose_statistics(args, data, network) -> list[list[float]]:
     """Mean and deviation of each channel: as given, small pictures' own, or the network's."""
     train, chosen = data.splits["train"], []
     if train.in_memory and not (args.mean and args.std):
-        parts = torch.arange(len(train)).split(4096)
+        parts = torch.arange(len(train)).split(256)
         network = channel_statistics(train.pixels(part) for part in parts)
     for key in ("mean", "std"):
         values = getattr(args, key) or network[key]
