@@ -89,7 +89,7 @@ def build_parser() -> options.Parser:
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help=help)
 
     options.add_running_options(parser)
-    help = "let torch compile the network: faster on a GPU, after a minute's wait"
+    help = "let torch compile the network, which takes a minute, and did not pay on a CPU"
     add("--compile", action=flag, default=False, help=help)
     help = "have a GPU compute the same bits every time, as a CPU does: slower"
     add("--deterministic", action=flag, default=False, help=help)
