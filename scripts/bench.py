@@ -303,8 +303,8 @@ def bench_photos(args) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         name = args.photos or generate_photos(Path(temporary))
         resize = Compose([Resize(256), CenterCrop(224), ToTensor()])
-        folder = ImageFolder(Path(name) / "train", resize)
         data = dataset.load(name, ["train"], val=0)
+        folder = ImageFolder(dataset.find_folder(name) / "train", resize)
         loaders = {
             "torchvision": torch.utils.data.DataLoader(folder, 8, num_workers=args.workers),
             "ours": data.loader("train", 8, workers=args.workers),

@@ -63,7 +63,7 @@ def build_parser() -> options.Parser:
     add = parser.add_argument_group("network and training").add_argument
     add("--model", help="one of `python model.py`, a timm name, or torchvision/NAME")
     help = "channels of fastnet's first block (default: 32, or what suits --time)"
-    add("--width", metavar="N", type=number(int, 8), help=help)
+    add("--width", metavar="N", type=number(int, 8, 1024), help=help)
     add("--epochs", metavar="N", type=count, default=10, help="times through all pictures")
     help = "train for so long (60s, 5m, 2h) instead, all from the first step to the last counted in"
     add("--time", metavar="T", type=options.span, help=help)
@@ -206,7 +206,7 @@ def main(argv=None):
     if args.model:
         network_defaults(args.model)  # a misspelt name ends here, before any download
     source = checkpoint.read_header(args.plan) if args.plan else None
-    if source and "plan" not in source:
+    if source and not source.get("plan"):
         raise UserError(f"--plan {args.plan}: written before plans were kept")
     # These take seconds to import, which --help and a misspelt option need not wait for.
     import recovery
