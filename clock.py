@@ -6,6 +6,8 @@ from 0 at the first step to 1 after the last.
 
 import bisect
 
+import options
+
 FIRST = 2  # steps before the first look at the clock: they warm up caches and libraries
 # fastnet's widths, and how many times a run must be able to see all training pictures for each.
 # Measured on CIFAR-10, validation accuracy by width and epochs, at about equal times of two cores:
@@ -86,3 +88,23 @@ def choose_width(trial, seconds: float, pictures: int) -> int:
             break
         chosen = width
     return chosen
+
+
+def lay_out(args, source: dict | None, saved: dict | None, batches, pictures, trial) -> tuple:
+    """How long to train, and fastnet's width: as given, in a run that goes on, or for the time.
+
+    source: the header that --plan names.  saved: the checkpoint that the run goes on from.
+    batches, pictures: of an epoch.  trial: see choose_width().
+    """
+    width = args.width
+    if source:
+        plan, width = Plan(source["plan"]), source["model_args"].get("width")
+    elif args.time:
+        plan = Plan.by_clock(options.duration(args.time))
+    else:
+        plan = Plan([[0, 0.0, args.epochs * batches]])
+    if saved:
+        width = saved["progress"]["width"]
+    elif plan.seconds and args.model == "fastnet" and not width:
+        width = choose_width(trial, plan.seconds, pictures)
+    return plan, width

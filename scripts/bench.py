@@ -45,6 +45,7 @@ import metrics
 import options
 import run_folder
 import runtime
+from folders import find_folder
 from model import create_model
 from options import ROOT, UserError, number
 from transforms import Prepare, augment
@@ -82,7 +83,7 @@ def tutorial_loop(name: str, epochs: int) -> list[tuple[float, float]]:
         splits = dataset.load(name, ["train", "test"], val=0).splits
         train, test = PerPicture(splits["train"]), PerPicture(splits["test"])
     else:
-        folder = dataset.find_folder(name)
+        folder = find_folder(name)
         train, test = (ImageFolder(folder / split, ToTensor()) for split in ("train", "test"))
     train_loader = torch.utils.data.DataLoader(train, 64, shuffle=True)
     test_loader = torch.utils.data.DataLoader(test, 64)
@@ -304,7 +305,7 @@ def bench_photos(args) -> dict:
         name = args.photos or generate_photos(Path(temporary))
         resize = Compose([Resize(256), CenterCrop(224), ToTensor()])
         data = dataset.load(name, ["train"], val=0)
-        folder = ImageFolder(dataset.find_folder(name) / "train", resize)
+        folder = ImageFolder(find_folder(name) / "train", resize)
         loaders = {
             "torchvision": torch.utils.data.DataLoader(folder, 8, num_workers=args.workers),
             "ours": data.loader("train", 8, workers=args.workers),

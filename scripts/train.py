@@ -141,26 +141,6 @@ def choose_statistics(args, data, network) -> list[list[float]]:
     return chosen
 
 
-def lay_out(args, source: dict | None, saved: dict | None, batches, pictures, trial) -> tuple:
-    """How long to train, and fastnet's width: as given, in a run that goes on, or for the time.
-
-    source: the header that --plan names.  saved: the checkpoint that the run goes on from.
-    batches, pictures: of an epoch.  trial: see clock.choose_width().
-    """
-    width = args.width
-    if source:
-        plan, width = clock.Plan(source["plan"]), source["model_args"].get("width")
-    elif args.time:
-        plan = clock.Plan.by_clock(options.duration(args.time))
-    else:
-        plan = clock.Plan([[0, 0.0, args.epochs * batches]])
-    if saved:
-        width = saved["progress"]["width"]
-    elif plan.seconds and args.model == "fastnet" and not width:
-        width = clock.choose_width(trial, plan.seconds, pictures)
-    return plan, width
-
-
 def introduce(args, data, model, accelerator) -> str:
     """What is said before the first epoch."""
     train, val = data.splits["train"], data.splits.get("val", ())
@@ -298,7 +278,7 @@ def main(argv=None):
         return world * runtime.speed(candidate, scaled, labels[:part], accelerator)
 
     plan, width = runtime.from_main(
-        state, lambda: lay_out(args, source, saved, len(train_loader), len(train), trial)
+        state, lambda: clock.lay_out(args, source, saved, len(train_loader), len(train), trial)
     )
     if width:
         model_args["width"] = width
