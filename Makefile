@@ -7,6 +7,7 @@ TIME ?=
 RUN ?=
 IMAGE ?=
 ARGS ?=
+K ?= 5
 VENV ?= .venv
 PYTHON ?= python3
 comma := ,
@@ -26,7 +27,7 @@ WEIGHTS := $(if $(RUN),--weights '$(RUN)/model.safetensors')
 FROM := $(if $(DATA),--data '$(DATA)')
 OPTIONS := $(FROM) $(if $(MODEL),--model '$(MODEL)') $(if $(RECIPE),--config '$(RECIPE)') $(if $(TIME),--time '$(TIME)')
 
-.PHONY: help setup data train test predict tensorboard reproduce bench check check-all clean
+.PHONY: help setup data train test predict tensorboard reproduce folds bench check check-all clean
 
 help:
 	@echo 'make setup                     make $(VENV) and install what the commands need'
@@ -39,6 +40,7 @@ help:
 	@echo 'make predict IMAGE=img.png     name what is in pictures   [RUN= ARGS=]'
 	@echo 'make tensorboard               look at the curves of all runs'
 	@echo 'make reproduce RUN=runs/name   train the newest (or that) run again, and compare the bits   [ARGS=]'
+	@echo 'make folds K=5 DATA=digits     train once for each of 5 folds: mean and deviation   [DATA= MODEL= RECIPE= ARGS=]'
 	@echo 'make bench                     compare speeds with what people use otherwise: half an hour   [DATA= ARGS=]'
 	@echo 'make check                     unit tests of this code (ruff + pytest); check-all: the slow ones too'
 	@echo 'make clean                     remove the environment and caches, but no data and no run'
@@ -73,6 +75,9 @@ tensorboard: setup
 
 reproduce: setup
 	$(BIN)/python scripts/reproduce.py $(if $(RUN),'$(RUN)/model.safetensors') $(ARGS)
+
+folds: setup
+	$(BIN)/python scripts/folds.py --folds $(K) --processes $(PROCESSES) $(OPTIONS) $(ARGS)
 
 bench: setup
 	$(BIN)/python scripts/bench.py $(FROM) $(ARGS)

@@ -25,7 +25,7 @@ from transforms import Prepare
 
 FORMAT, CHECKPOINT = "lenslet", "lenslet-checkpoint"
 VERSION = "1"  # of weights
-STATE = "2"  # of checkpoints
+STATE = "3"  # of checkpoints
 TEXT = {"format", "version", "model", "stem", "data", "data_sha256", "sha256"}  # the rest is JSON
 
 

@@ -1,7 +1,7 @@
 """Archives from several sources: resumed at any byte, checked, and never under their name before.
 
 `download()` and `read_local()` give the checked content of the archives that a set in sources.py
-names; the two are all that is used from outside.
+names, `download_file()` any one file; the three are all that is used from outside.
 """
 
 import gzip
@@ -9,7 +9,9 @@ import hashlib
 import http.client
 import io
 import itertools
+import math
 import queue
+import re
 import sys
 import threading
 import time
@@ -100,6 +102,33 @@ def download(spec: dict, source: str | None, aside: Path, patience: float) -> di
             answers = answers or _search(sources, file, checks, patience)
             contents[file] = _fetch(file, checks, answers, aside)
     return contents
+
+
+def download_file(url: str, folder: Path) -> Path:
+    """The file that a URL names, in folder: fetched once, from where an earlier call broke off.
+
+    Two URLs never share a name: a hash of the URL stands before the file's own.  Where that ends in
+    a hash, as torch.hub's do (resnet18-f37072fd.pth), the content must agree with it.
+
+    Errors: OutsideError naming the URL; OSError naming the part, when the disk is full.
+    """
+    file = re.split("[?#]", url)[0].rpartition("/")[2]
+    path = folder / f"{digest('sha256', url.encode())[:12]}-{file[-100:]}"
+    part = path.with_name(f"{path.name}.part")
+    if path.exists():
+        return path
+    answer = "not asked yet"
+    while answer:
+        before = _size(part)
+        _, answer = _transfer(url, part, {}, 0)
+        if answer and _size(part) <= before:  # one that breaks off may bring more the next time
+            raise OutsideError(f"{url}: {answer}; fetch it otherwise, and give the file")
+    named = re.search(r"-([0-9a-f]{8,})\.", file)
+    if named and not digest("sha256", part.read_bytes()).startswith(named[1]):
+        part.unlink()
+        raise OutsideError(f"{url}: wrong bytes, for their SHA-256 does not begin with {named[1]}")
+    part.replace(path)
+    return path
 
 
 def _search(sources: list[str], file: str, checks: dict, patience: float) -> dict[str, str]:
@@ -295,7 +324,7 @@ def _tell(file: str, source: str, text: str) -> None:
 
 def _limit(checks: dict) -> int:
     """Bytes that an archive can have at most; gzip adds far less than a megabyte."""
-    return checks.get("size") or checks["unpacked_size"] + 1_000_000
+    return checks.get("size") or checks.get("unpacked_size", math.inf) + 1_000_000
 
 
 def _size(path: Path) -> int:

@@ -99,3 +99,11 @@ def figures(rows: Tensor, classes: int) -> dict:
         ],
         "confusion": confusion.tolist(),
     }
+
+
+def score(record: dict, metric: str | None) -> float:
+    """By what a validated epoch is judged, the larger the better; record: as metrics.json has it.
+
+    metric: accuracy (None), f1 (the mean over all classes) or loss.
+    """
+    return -record["val_loss"] if metric == "loss" else record[f"val_{metric or 'accuracy'}"]

@@ -169,6 +169,29 @@ def create_model(
     return network
 
 
+def head_of(network: nn.Module) -> list[str]:
+    """The names of the layers that make the logits: what is new for other classes."""
+    if hasattr(network, "get_classifier"):  # timm's, where distilled ones have two
+        found = network.get_classifier()
+        found = list(found) if isinstance(found, tuple | list | nn.ModuleList) else [found]
+    else:
+        found = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1:]
+    return [name for name, m in network.named_modules() if any(m is head for head in found)]
+
+
+def add_dropout(network: nn.Module, share: float) -> None:
+    """Zero that share of what the last layer is fed while training (Srivastava et al. 2014, JMLR).
+
+    A hook and no layer, so that the parameters keep their names.
+    """
+
+    def drop(layer, inputs):
+        return F.dropout(inputs[0], share, layer.training), *inputs[1:]
+
+    for name in head_of(network) if share else ():
+        network.get_submodule(name).register_forward_pre_hook(drop)
+
+
 def network_defaults(name: str) -> dict:
     """How photographs are prepared for a network, where neither data nor weights say it.
 

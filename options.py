@@ -83,7 +83,9 @@ def command(script: str, *words) -> str:
 
 def nearest(word: str, known) -> str:
     """' (did you mean x?)' for a misspelt word, or '' where nothing is near."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    known = list(known)
+    begun = [other for other in known if other.startswith(word)]
+    close = begun if len(begun) == 1 else difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -243,8 +245,8 @@ def add_weights_option(parser: Parser) -> None:
     parser.add_argument("--weights", metavar="FILE", help=help)
 
 
-def add_running_options(parser: Parser) -> None:
-    """The options of every command that runs a network over a data set."""
+def add_running_options(parser: Parser):
+    """The options of every command that runs a network over a data set; adds more to them."""
     add = parser.add_argument_group("running").add_argument
     help = "auto: bf16 where processor or GPU have it; one given to `accelerate launch` wins"
     add("--precision", choices=["auto", "no", "fp16", "bf16"], default="auto", help=help)
@@ -255,3 +257,4 @@ def add_running_options(parser: Parser) -> None:
     help = "leave out picture files that cannot be read, instead of stopping with their list"
     flag = argparse.BooleanOptionalAction
     add("--skip-broken", action=flag, default=False, help=help)
+    return add

@@ -15,6 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 
 import checkpoint
+import choices
 import options
 import run_folder
 import runtime
@@ -22,7 +23,7 @@ from curves import Curves
 from options import UserError
 
 # Options that change no bit of the weights: an interrupted run may go on with others.
-FREE = {"output", "workers", "log_every", "save_every", "save_every_epoch"}
+FREE = {"output", "workers", "log_every", "save_every", "watch"}
 
 
 def differences(parser: options.Parser, run: Path, args) -> str:
@@ -46,15 +47,18 @@ def find_run(parser: options.Parser, args, folder: Path) -> tuple[Path, Path | N
     return run_folder.claim(folder, lambda run: differences(parser, run, args), wanted)
 
 
-def capture(at: SimpleNamespace, data_sha256: str, model, optimizer, accelerator) -> dict:
-    """All that the next step depends on, for save_checkpoint().  Every process calls this."""
-    plain = accelerator.unwrap_model(model)
-    buffers = [{name: buffer.cpu() for name, buffer in plain.named_buffers()}]
+def capture(at: SimpleNamespace, inputs: dict, networks: dict, optimizer, accelerator) -> dict:
+    """All that the next step depends on, for save_checkpoint().  Every process calls this.
+
+    inputs: SHA-256 of what is trained on; networks: the trained one, and its moving average if
+    there is one, unwrapped.
+    """
+    buffers = {k: {name: b.cpu() for name, b in n.named_buffers()} for k, n in networks.items()}
     return {
         "progress": vars(at),
-        "data_sha256": data_sha256,
-        "model": plain.state_dict(),
-        "buffers": gather_object(buffers) if accelerator.num_processes > 1 else buffers,
+        "inputs": inputs,
+        "networks": {key: network.state_dict() for key, network in networks.items()},
+        "buffers": gather_object([buffers]) if accelerator.num_processes > 1 else [buffers],
         "optimizer": optimizer.state_dict(),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         "circumstances": runtime.circumstances(accelerator.mixed_precision),
@@ -62,33 +66,35 @@ def capture(at: SimpleNamespace, data_sha256: str, model, optimizer, accelerator
 
 
 def restore(
-    path: Path, saved: dict, data_sha256: str, model, optimizer, accelerator: Accelerator
+    path: Path, saved: dict, inputs: dict, networks: dict, optimizer, accelerator: Accelerator
 ) -> tuple:
-    """Put a checkpoint into a prepared model and optimizer; how far it is, and what has changed.
+    """Put a checkpoint into prepared networks and optimizer; how far it is, and what has changed.
 
     The number of threads, which has a say in the last bits, is set to that of the checkpoint.
-    Errors: UserError where it was trained on other pictures, or does not fit.
+    Errors: UserError where it was trained on other inputs, or does not fit.
     """
     notes, run = [], path.parents[1]
-    if saved["data_sha256"] != data_sha256:
-        raise UserError(f"{run}: the pictures have changed since; begin anew with --no-resume")
+    for name, sha256 in inputs.items():
+        if saved["inputs"][name] != sha256:
+            raise UserError(f"{run}: the {name} changed since; begin anew with --no-resume")
     torch.set_num_threads(saved["circumstances"]["threads"])
     for key, now in runtime.circumstances(accelerator.mixed_precision).items():
         if now != (before := saved["circumstances"][key]):
             notes.append(f"{key} was {before}, is {now}: the last bits may differ")
-    plain = accelerator.unwrap_model(model)
+    own = saved["buffers"][accelerator.process_index % len(saved["buffers"])]
     try:
-        plain.load_state_dict(saved["model"])
+        for key, network in networks.items():
+            network.load_state_dict(saved["networks"][key])
+            for name, buffer in network.named_buffers():
+                buffer.copy_(own[key][name])
+        saved["optimizer"].pop("rng_state", None)  # kron's: see choices.seed_draws()
         optimizer.load_state_dict(saved["optimizer"])
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"{path}: is not of this network ({str(error).splitlines()[-1].strip()}); begin anew "
             "with --no-resume"
         ) from error
-    own = saved["buffers"][accelerator.process_index % len(saved["buffers"])]
-    for name, buffer in plain.named_buffers():
-        buffer.copy_(own[name])
-    for p, state in optimizer.state.items():
+    for p, state in choices.innermost(optimizer).state.items():
         for key, value in state.items():
             if torch.is_tensor(value) and value.shape == p.shape:  # channels_last, as p is
                 state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)

@@ -209,6 +209,18 @@ def settle_order(model: torch.nn.Module, images: torch.Tensor, accelerator: Acce
             buffer.copy_(before)
 
 
+def wrap_again(model, images: torch.Tensor, accelerator: Accelerator) -> torch.nn.Module:
+    """A prepared model for the parameters that are trained now: others than when it was prepared.
+
+    DistributedDataParallel only ever exchanges the gradients that there were at first.
+    """
+    if accelerator.num_processes > 1:
+        devices = model.device_ids
+        model = type(model)(model.module, device_ids=devices, broadcast_buffers=False)
+        settle_order(model, images, accelerator)
+    return model
+
+
 def seed_step(seed: int, step: int, rank: int, world: int, device: torch.device) -> None:
     """Have what dropout draws depend on the step and the process, and on nothing before."""
     key = ((seed * 1_000_003 + step) * world + rank) % 2**63

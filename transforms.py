@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# What --augment means: move (small pictures are shifted, photographs cropped at random) and flip.
-AUGMENTATIONS = {"none": (False, False), "light": (True, False), "standard": (True, True)}
+# What --augment means: move (small pictures are shifted, photographs cropped at random) and flip;
+# trivial and rand add operations of torchvision's to it, see Augment.
+AUGMENTATIONS = {
+    "none": (False, False),
+    "light": (True, False),
+    "standard": (True, True),
+    "trivial": (True, True),
+    "rand": (True, True),
+}
 
 
 def uniform(seed: int, epoch: int, index: Tensor, draws: int) -> Tensor:
@@ -27,6 +34,62 @@ def uniform(seed: int, epoch: int, index: Tensor, draws: int) -> Tensor:
         x = ((x ^ (x >> 15)) * 0xD35A2D97) & mask
         x = x ^ (x >> 15)
     return (x >> 8).float() / (1 << 24)
+
+
+class Augment:
+    """Random changes to a batch, which follow from the seed, the epoch and the pictures' indices.
+
+    kind: a key of AUGMENTATIONS: trivial adds one random operation (TrivialAugment: Müller, Hutter
+        2021, arXiv:2103.10158), rand two (RandAugment: Cubuk et al. 2019, arXiv:1909.13719).
+    decoded: photographs, which their decoder has cropped already.
+    erase: share of the pictures that lose a rectangle (Zhong et al. 2017, arXiv:1708.04896).
+    mixup, cutmix: 0, or how evenly pairs are mixed (alpha), whole or by a rectangle (Zhang et al.
+        2017, arXiv:1710.09412; Yun et al. 2019, arXiv:1905.04899); with both, each every other
+        time or so.
+    fill: what erased and uncovered parts show, a number in 0..1 for each channel.
+    """
+
+    def __init__(self, kind, decoded, seed, erase=0.0, mixup=0.0, cutmix=0.0, fill=(0.0,)):
+        self.kind, self.decoded, self.seed = kind, decoded, seed
+        self.each, self.mixers = [], []
+        if kind in ("trivial", "rand") or erase or mixup or cutmix:
+            from torchvision.transforms import v2  # takes a second
+
+            fill = [round(255 * value) for value in fill]
+            if kind == "trivial":
+                self.each.append(v2.TrivialAugmentWide(fill=fill))
+            if kind == "rand":
+                self.each.append(v2.RandAugment(fill=fill))
+            if erase:
+                self.each.append(v2.RandomErasing(erase, value=fill))
+            self.mixers += [v2.MixUp(alpha=mixup)] if mixup else []
+            self.mixers += [v2.CutMix(alpha=cutmix)] if cutmix else []
+
+    def __call__(self, images: Tensor, targets: Tensor, epoch: int, index: Tensor) -> tuple:
+        """New images uint8 [B, C, H, W] and targets float [B, classes]; index int64 [B].
+
+        A picture is mixed with its neighbour in the batch, its targets alike.  torchvision draws
+        from torch's global generator, which is seeded here for each picture and then for the batch.
+        """
+        images = augment(images, self.kind, self.decoded, self.seed, epoch, index)
+        if self.each:
+            changed = []
+            for picture, i in zip(images, index.tolist(), strict=True):
+                torch.default_generator.manual_seed(self._key(epoch, i))
+                for change in self.each:
+                    picture = change(picture)
+                changed.append(picture)
+            images = torch.stack(changed)
+        if self.mixers and len(index) > 1:
+            # A negative number, which is no picture's.
+            torch.default_generator.manual_seed(self._key(epoch, ~index[0].item()))
+            mixer = self.mixers[torch.randint(len(self.mixers), ())]
+            images, targets = mixer(images.float(), targets)
+            images = images.round().to(torch.uint8)
+        return images, targets
+
+    def _key(self, epoch: int, i: int) -> int:
+        return ((self.seed * 1_000_003 + epoch) * 1_000_003 + i) % 2**63
 
 
 def augment(images: Tensor, kind: str, decoded: bool, seed: int, epoch: int, index: Tensor):

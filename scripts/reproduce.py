@@ -8,18 +8,16 @@ one.  Exit status 0 for identical bits, 1 for others.
 """
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import _root  # noqa: F401
 import checkpoint
+import launch
 import options
 import run_folder
-from options import ROOT, OutsideError, UserError
+from options import OutsideError, UserError
 
 
 def build_parser() -> options.Parser:
@@ -32,20 +30,16 @@ def build_parser() -> options.Parser:
     return parser
 
 
-def command(weights: Path, header: dict, args, config: Path) -> list[str]:
-    """The command that trains again with the options, threads and processes of a header."""
-    words = [ROOT / "scripts" / "train.py", "--config", config]
-    words += ["--output", args.output, "--threads", header["threads"]]
+def words_for(weights: Path, header: dict, args, config: Path) -> list:
+    """The options that train again with the options and threads of a header."""
+    words = ["--config", config, "--output", args.output, "--threads", header["threads"]]
     if header["precision"] in ("no", "fp16", "bf16"):
         words += ["--precision", header["precision"]]
     if args.data:
         words += ["--data", args.data]
     if header["options"].get("time") or header["options"].get("plan"):
         words += ["--plan", weights.resolve()]
-    launcher = [sys.executable]
-    if header["processes"] > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", header["processes"]]
-    return [str(word) for word in launcher + words]
+    return words
 
 
 def main(argv=None) -> int:
@@ -70,15 +64,8 @@ def main(argv=None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "options.yaml"
         config.write_text(options.as_yaml(header["options"]))
-        words = command(weights, header, args, config)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(header["threads"])}
-        environment.pop("ACCELERATE_MIXED_PRECISION", None)
-        process = subprocess.Popen(words, env=environment)
-        # The terminal sends a Ctrl-C to training too, which saves and ends; so does this.
-        signal.signal(signal.SIGINT, lambda *_: None)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda number, _: process.send_signal(number))
-        status = process.wait()
+        words = words_for(weights, header, args, config)
+        status = launch.train(words, header["processes"], header["threads"])
     if status in (130, 143):
         return status
     if status:

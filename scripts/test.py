@@ -157,6 +157,8 @@ def main(argv=None):
     workers = runtime.workers(trained["workers"] if args.workers is None else args.workers)
     reading = {
         "val": trained["val"],
+        "fold": trained.get("fold"),
+        "limit": trained.get("limit"),
         "like": header,
         "skip_broken": args.skip_broken or trained["skip_broken"],
         "workers": workers,
@@ -174,7 +176,11 @@ def main(argv=None):
     if split == "val":
         say(
             f"{data.name} has no test pictures: these are the validation pictures"
-            + (", by which the weights were chosen" if trained["val"] else "")
+            + (
+                ", by which the weights were chosen"
+                if trained["val"] or trained.get("fold")
+                else ""
+            )
         )
 
     def shown(images):

@@ -5,6 +5,7 @@
     python scripts/train.py --data digits           bundled handwritten digits, in seconds
     python scripts/train.py --data my/pictures      a folder: train/<class>/*.jpg, or <class>/*.jpg
     python scripts/train.py --config tutorial       the settings of recipes/tutorial.yaml
+    python scripts/train.py --overfit 20            can the network learn 20 pictures by heart?
     accelerate launch scripts/train.py              the same on what Accelerate is configured for
 
 A data set's recipe (recipes/*.yaml) supplies the defaults; an option given replaces only itself;
@@ -12,17 +13,13 @@ A data set's recipe (recipes/*.yaml) supplies the defaults; an option given repl
 the same weights, bit for bit.
 """
 
-import argparse
 import contextlib
-import json
 import math
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import _root  # noqa: F401
@@ -32,103 +29,23 @@ import clock
 import dataset
 import options
 import run_folder
+import settings
+import summary
 from dataset import on_device
 from diagnosis import advice, explosion, largest_gradient
-from images import draw_grid
-from model import create_model, network_defaults
-from options import UserError, interval, number
-from transforms import AUGMENTATIONS, Prepare, augment, channel_statistics
+from model import add_dropout, create_model, head_of, network_defaults
+from options import UserError
+from transforms import Augment, Prepare, channel_statistics
 
 
-def build_parser() -> options.Parser:
-    parser = options.parser(__doc__)
-    flag = argparse.BooleanOptionalAction
-    share, count = number(float, 0, 1), number(int, 1)
-    positive = number(float, 0, above=True)
-    add = parser.add_argument
-    add("--config", metavar="FILE", help="a YAML file of options, or a recipe's name")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data", help="a known set's name, or a folder (default: cifar10)")
-    help = "kept of the training pictures where there is no val/; 0: train on all, keep the last"
-    add("--val", metavar="SHARE", type=number(float, 0, 0.9), default=0.1, help=help)
-    help = "side that the network is fed (default: small pictures' own, or the network's)"
-    add("--image-size", metavar="PIXELS", type=count, help=help)
-    help = "light: shifts, or random crops of photographs; standard: and mirroring"
-    add("--augment", choices=list(AUGMENTATIONS), default="none", help=help)
-    help = "of each channel, 0..1 scale (default: small pictures' own, or the network's)"
-    add("--mean", metavar="X", type=share, nargs="+", help=help)
-    add("--std", metavar="X", type=number(float, 0, 1, above=True), nargs="+", help="likewise")
-
-    add = parser.add_argument_group("network and training").add_argument
-    add("--model", help="one of `python model.py`, a timm name, or torchvision/NAME")
-    help = "channels of fastnet's first block (default: 32, or what suits --time)"
-    add("--width", metavar="N", type=number(int, 8, 1024), help=help)
-    add("--epochs", metavar="N", type=count, default=10, help="times through all pictures")
-    help = "train for so long (60s, 5m, 2h) instead, all from the first step to the last counted in"
-    add("--time", metavar="T", type=options.span, help=help)
-    help = "weights trained with --time: repeat their steps, whatever the clock says"
-    add("--plan", metavar="FILE", help=help)
-    help = "pictures per optimizer step, over all processes"
-    add("-b", "--batch-size", metavar="N", type=count, default=64, help=help)
-    help = "compute a batch in so many parts of 2 or more pictures, to save memory"
-    add("--accumulate", metavar="PARTS", type=count, default=1, help=help)
-    help = "adamw suits most networks"
-    add("--optimizer", choices=choices.OPTIMIZERS, default="adamw", help=help)
-    add("--lr", metavar="X", type=positive, default=0.001, help="learning rate")
-    add("--momentum", metavar="X", type=share, default=0.9, help="of sgd and muon")
-    add("--weight-decay", metavar="X", type=number(float, 0), default=0.01, help="pull to zero")
-    help = "of the learning rate, in optimizer steps"
-    add("--schedule", choices=choices.SCHEDULES, default="cosine", help=help)
-    help = "optimizer steps (500), or share of them all (20%%), of linear rise to the learning rate"
-    add("--warmup", metavar="N", type=options.portion, default="0", help=help)
-    help = "of the true class's weight in the loss, spread over all classes"
-    add("--label-smoothing", metavar="SHARE", type=share, default=0.0, help=help)
-    add("--clip", metavar="NORM", type=positive, help="largest norm of all gradients together")
-    help = "of the first weights, the order and the augmentation"
-    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help=help)
-
-    options.add_running_options(parser)
-    help = "let torch compile the network, which takes a minute, and did not pay on a CPU"
-    add("--compile", action=flag, default=False, help=help)
-    help = "have a GPU compute the same bits every time, as a CPU does: slower"
-    add("--deterministic", action=flag, default=False, help=help)
-
-    add = parser.add_argument_group("output").add_argument
-    add("--output", metavar="DIR", help="run folder (default: runs/<data>-<model>)")
-    help = "keep each epoch's weights, in epochs/"
-    add("--save-every-epoch", action=flag, default=False, help=help)
-    help = "steps (500) or time (90s, 5m, 2h) between checkpoints; each epoch ends with one too"
-    add("--save-every", metavar="N", type=interval, default="5m", help=help)
-    help = "go on with this run, with its options (default: the unfinished run with these options)"
-    add("--resume", metavar="RUN", help=help)
-    help = "begin a new run"
-    add("--no-resume", dest="resume", action="store_const", const=False, help=help)
-    help = "steps between two points of the loss curve"
-    add("--log-every", metavar="STEPS", type=count, default=50, help=help)
-    return parser
-
-
-def run_name(args) -> str:
-    """The name of a run's folder below runs/."""
-    return f"{Path(args.data).resolve().name}-{args.model.replace('/', '-')}"
-
-
-def describe(record: dict, epochs: str, left: float) -> str:
-    """An epoch's line on the console."""
-    line = f"epoch {record['epoch']}{epochs}"
-    for split in ("train", "val"):
-        if f"{split}_loss" in record:
-            loss, accuracy = record[f"{split}_loss"], record[f"{split}_accuracy"]
-            line += f"  {split} loss {loss:.4f} accuracy {accuracy:.2%}"
-    line += f"  lr {record['lr']:.2g}  {record['images_per_second']:,.0f} images/s"
-    return f"{line}  {left:.0f} s left"
-
-
-def choose_statistics(args, data, network) -> list[list[float]]:
-    """Mean and deviation of each channel: as given, small pictures' own, or the network's."""
+def choose_statistics(args, data, loaded, network) -> list[list[float]]:
+    """Mean and deviation of each channel: as given, those that loaded weights are used to, small
+    pictures' own, or the network's.
+    """
     train, chosen = data.splits["train"], []
-    if train.in_memory and not (args.mean and args.std):
+    if loaded:
+        network = loaded
+    elif args.pretrained != "timm" and train.in_memory and not (args.mean and args.std):
         parts = torch.arange(len(train)).split(256)
         network = channel_statistics(train.pixels(part) for part in parts)
     for key in ("mean", "std"):
@@ -141,74 +58,35 @@ def choose_statistics(args, data, network) -> list[list[float]]:
     return chosen
 
 
-def introduce(args, data, model, accelerator) -> str:
-    """What is said before the first epoch."""
-    train, val = data.splits["train"], data.splits.get("val", ())
-    lines = list(data.notes)
-    if model.input_size != data.image_size:
-        sizes = ["x".join(map(str, size)) for size in (data.image_size, model.input_size)]
-        lines.append(f"pictures of {sizes[0]} pixels are resized to {sizes[1]}")
-    if torch.cuda.device_count() > 1 == accelerator.num_processes:
-        lines.append(f"one of {torch.cuda.device_count()} GPUs is used; `make train` uses all")
-    if model.stem_note:
-        lines.append(model.stem_note)
-    lines.append(
-        f"{args.data}: {len(train):,} pictures to train on, {len(val):,} to validate, "
-        f"{len(data.classes)} classes"
-    )
-    lines.append(
-        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; "
-        f"{accelerator.device.type}, precision {accelerator.mixed_precision}, "
-        f"{accelerator.num_processes} x {torch.get_num_threads()} threads"
-    )
-    return "\n".join(lines)
-
-
-def summarise(at: SimpleNamespace, finished: bool) -> bytes:
-    """metrics.json."""
-    summary = {
-        "best_epoch": at.best["epoch"],
-        "val_accuracy": at.best.get("val_accuracy"),
-        "train_seconds": at.train_seconds,
-        "seconds": at.seconds,
-        "finished": finished,
-    }
-    return json.dumps({"epochs": at.history, "summary": summary}, indent=1).encode()
-
-
 def main(argv=None):
     # Options: the command line over the recipe of the data set.
-    parser = build_parser()
-    args = options.parse(parser, argv)
-    if args.resume:
-        run = run_folder.find(args.resume)
-        args = options.parse(parser, argv, recipe=run / "options.yaml")
-    if args.model:
-        network_defaults(args.model)  # a misspelt name ends here, before any download
+    parser = settings.build_parser(__doc__)
+    typed = options.parse(parser, argv)
+    if typed.resume:
+        run = run_folder.find(typed.resume)
+        typed = options.parse(parser, argv, recipe=run / "options.yaml")
+
+    args = settings.complete(parser, typed, argv, typed.data or "cifar10")
     source = checkpoint.read_header(args.plan) if args.plan else None
     if source and not source.get("plan"):
         raise UserError(f"--plan {args.plan}: written before plans were kept")
+    if source and source["model"] != args.model:
+        raise UserError(f"--plan {args.plan} is of {source['model']}, not of {args.model}")
     # These take seconds to import, which --help and a misspelt option need not wait for.
     import recovery
     import runtime
+    import transfer
     from curves import Curves
     from interrupts import Interrupts
-    from metrics import evaluate, evaluation_batch, figures
+    from metrics import evaluate, evaluation_batch, figures, score
 
     if args.resume and (different := recovery.differences(parser, run, args)):
         raise UserError(f"--resume {run}: {different}; leave that out, or --resume")
     state = runtime.launch(args.threads)
-    args.data = runtime.from_main(state, lambda: dataset.choose(args.data))
-    typed = args
-    if not args.model and not args.config:
-        args = options.parse(parser, argv, recipe=dataset.recipe_for(typed.data))
-        args.data = typed.data
-    if not args.model:
-        raise UserError(f"--config {args.config} names no model: add one there, or give --model")
-    if args.width and args.model != "fastnet":
-        raise UserError(f"--width is of fastnet, not of {args.model}")
-    if source and source["model"] != args.model:
-        raise UserError(f"--plan {args.plan} is of {source['model']}, not of {args.model}")
+    name = runtime.from_main(state, lambda: dataset.choose(typed.data))
+    if not typed.data and name != "cifar10":
+        args = settings.complete(parser, typed, argv, name)
+    args.data = name
     rank, world = state.process_index, state.num_processes
     if args.batch_size % world:
         near = max(world, args.batch_size // world * world)
@@ -223,23 +101,46 @@ def main(argv=None):
     accelerator = runtime.accelerator(typed.precision, otherwise=args.precision)
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
 
+    # Weights to begin with, and to learn from.
+    tensors, loaded, teacher = {}, {}, None
+    if args.pretrained:
+        tensors, loaded = runtime.main_first(
+            state, lambda: transfer.read_weights(args.pretrained, args.model)
+        )
+    if loaded and loaded["model"] != args.model:
+        raise UserError(
+            f"--pretrained {args.pretrained} is of {loaded['model']}, not of {args.model}: give "
+            f"--model {loaded['model']}"
+        )
+    args.width = args.width or loaded.get("model_args", {}).get("width")
+    if args.teacher:
+        teacher = checkpoint.load_model(args.teacher)
+
     # Data.  The first process inspects the files of a folder; the others read what it found.
     network = network_defaults(args.model)
     workers = runtime.workers(args.workers)
+    apart = settings.validates(args) and not args.overfit
     data = runtime.main_first(
         state,
         lambda: dataset.load(
             args.data,
-            ["train", "val"] if args.val else ["train"],
+            ["train", "val"] if apart else ["train"],
             val=args.val,
+            fold=args.fold,
+            limit=args.limit or args.overfit,
             photo_size=args.image_size or network["image_size"],
             crop=network["crop"],
             skip_broken=args.skip_broken,
             workers=workers,
         ),
     )
-    data.to(device)
+    if args.overfit:
+        data.splits["val"] = data.splits["train"]
     train, val = data.splits["train"], data.splits.get("val")
+    weights, weights_sha256 = dataset.picture_weights(args.picture_weights, args.data, train)
+    counts = train.labels.bincount(minlength=len(data.classes))
+    weights *= choices.class_weights(args.class_weights, counts)[train.labels]
+    data.to(device)
     if len(train) < 2 * world:
         raise UserError(f"--data {args.data}: {len(train)} training pictures are too few")
     shared = {"workers": workers, "rank": rank, "world": world}
@@ -250,20 +151,42 @@ def main(argv=None):
     val_loader = data.loader("val", val_batch, **shared) if val else None
 
     # The network; one that does not fit ends here, before there is a run folder.
-    mean, std = choose_statistics(args, data, network)
+    mean, std = choose_statistics(args, data, loaded, network)
     model_args = {
         "classes": len(data.classes),
         "channels": data.channels,
         "size": (args.image_size,) * 2 if args.image_size else data.image_size,
     }
-    torch.manual_seed(args.seed)
-    model = create_model(args.model, **model_args)
+    if args.width:
+        model_args["width"] = args.width
+
+    def build() -> tuple:
+        """The network with its first weights, what is said of them, optimizer and freezer."""
+        torch.manual_seed(args.seed)
+        model = create_model(args.model, **model_args)
+        if hasattr(model, "whiten"):
+            few = min(1000, len(train), max(10, 2**20 // math.prod(model.input_size)))
+            spread = torch.linspace(0, len(train) - 1, few).long().tolist()
+            batch = [dataset.Pictures(train, data)[0, spread]]
+            pixels, _, _ = next(on_device(batch, "cpu"))
+            model.whiten(Prepare(mean, std, model.input_size)(pixels))
+        account, head = [], head_of(model)
+        if tensors:
+            same = loaded.get("classes", data.classes) == data.classes
+            account = transfer.fit(model, tensors, head, same, args.pretrained)
+        optimizer = choices.create_optimizer(
+            args.optimizer, model, args.lr, args.momentum, args.weight_decay, args.nesterov
+        )
+        freezer = transfer.Freezer(model, args.freeze or [], args.freeze_epochs, head)
+        return model, account, optimizer, freezer
+
+    model, account, optimizer, freezer = build()
     normalised = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if normalised and args.batch_size < 2 * world:
         raise UserError(f"--batch-size: batch norm needs 2 pictures a process, so {2 * world}")
 
     # The run folder: of the unfinished run with these options, or a new one.
-    folder = args.output or options.RUNS / run_name(args)
+    folder = args.output or options.RUNS / settings.run_name(args)
     run, newest, notes = runtime.from_main(state, lambda: recovery.find_run(parser, args, folder))
     saved = checkpoint.load_checkpoint(newest) if newest else None
 
@@ -273,55 +196,56 @@ def main(argv=None):
     def trial(width: int) -> float:
         images, labels, _ = next(on_device(train_loader, device))
         part = max(2, len(labels) // args.accumulate)
-        candidate = create_model(args.model, **model_args, width=width)
+        candidate = create_model(args.model, **model_args | {"width": width})
         scaled = Prepare(mean, std, candidate.input_size).to(device)(images[:part])
         return world * runtime.speed(candidate, scaled, labels[:part], accelerator)
 
     plan, width = runtime.from_main(
         state, lambda: clock.lay_out(args, source, saved, len(train_loader), len(train), trial)
     )
-    if width:
+    if width and width != model_args.get("width"):
         model_args["width"] = width
-        torch.manual_seed(args.seed)
-        model = create_model(args.model, **model_args)
+        model, account, optimizer, freezer = build()
     spent = time.perf_counter() - started if plan.seconds else 0.0
 
-    # Preparation of the pictures, and the optimizer.
-    prepare = Prepare(mean, std, model.input_size)
-    if not saved and hasattr(model, "whiten"):
-        few = min(1000, len(train), max(10, 2**20 // math.prod(model.input_size)))
-        spread = torch.linspace(0, len(train) - 1, few).long()
-        pixels, _, _ = next(on_device([dataset.Pictures(train, data)[0, spread.tolist()]], "cpu"))
-        model.whiten(prepare(pixels))
-    prepare.to(device)
+    # What is changed of the pictures, what is minimised, and by which steps.
+    prepare = Prepare(mean, std, model.input_size).to(device)
     model = model.to(memory_format=torch.channels_last)
+    add_dropout(model, args.dropout)
     if args.compile:
         model.compile()
-    optimizer = choices.create_optimizer(
-        args.optimizer, model, args.lr, args.momentum, args.weight_decay
+    augment = Augment(
+        args.augment, not train.in_memory, args.seed, args.erase, args.mixup, args.cutmix, mean
     )
+    objective = choices.create_objective(args, data, weights.to(device), teacher, accelerator)
+    schedule = choices.Schedule(args.schedule, args.warmup, len(train_loader), args.min_delta)
+    second_order = {"create_graph": True} if getattr(optimizer, "is_second_order", False) else {}
+    penalty = choices.l1_penalty(model, args.l1)
+    freezer.update(saved["progress"]["epoch"] if saved else 0)
     model, optimizer = accelerator.prepare(model, optimizer)  # device, casts, several processes
     plain = accelerator.unwrap_model(model)
+    averaged = choices.moving_average(plain, args.ema)
+    judged = averaged.module if averaged else plain  # the network that is validated and kept
 
     black = torch.zeros(2, data.channels, *data.image_size, dtype=torch.uint8, device=device)
     runtime.settle_order(model, prepare(black), accelerator)
-
-    def rate(step: int) -> float:
-        progress, total = plan.at(step)
-        return args.lr * choices.lr_factor(progress, args.warmup, total, args.schedule)
 
     # Where this run is: `batch` and `step` count what is done, of the epoch and of the run; losses
     # [world, 3] are each process's loss, hits and steps with a finite loss since `logged`.
     at = SimpleNamespace(epoch=0, batch=0, step=0, seconds=spent, epoch_seconds=0.0, history=[])
     at.sums, at.losses, at.images, at.logged = torch.zeros(3), torch.zeros(world, 3), 0, 0
-    at.best, at.best_score, at.train_seconds = None, None, 0.0
+    at.best, at.best_score, at.train_seconds, at.ended = None, None, 0.0, ""
     at.marks, at.width = plan.marks, width
+    inputs = {"pictures": data.sha256, "picture weights": weights_sha256}
+    inputs |= {"teacher": teacher and teacher[2]["sha256"]}
+    networks = {"model": plain} | ({"average": judged} if averaged else {})
     if newest:
-        at, changes = recovery.restore(newest, saved, data.sha256, model, optimizer, accelerator)
+        at, changes = recovery.restore(newest, saved, inputs, networks, optimizer, accelerator)
         plan.marks = at.marks
         notes += changes
-    data.notes += notes
+    data.notes += ([] if saved else account) + notes
     losses = at.losses[rank::world].sum(0).to(device)
+    scores = [score(record, args.metric) for record in at.history] if val else []
     if is_main:
         checkpoint.atomic_write(run / "options.yaml", options.as_yaml(options.stored(args)))
     curves = Curves(run, at.step) if is_main else None
@@ -342,20 +266,36 @@ def main(argv=None):
         "options": options.stored(args),
         **runtime.circumstances(accelerator.mixed_precision),
     }
-    say(introduce(args, data, plain, accelerator))
+    say(summary.introduce(args, data, plain, accelerator))
+    watch = None
+    if args.watch and is_main:
+        from watch import Watch
+
+        pixels, _, _ = dataset.Pictures(train, data)[0, list(range(min(32, len(train))))]
+        watch = Watch(plain, curves, prepare(pixels.to(device)))
+
+    def rate(step: int) -> float:
+        return args.lr * schedule.factor(step, *plan.at(step), scores)
 
     def save(last: bool = False) -> None:
         at.losses, at.seconds = accelerator.gather(losses[None]), time.perf_counter() - began
-        content = recovery.capture(at, data.sha256, model, optimizer, accelerator)
+        content = recovery.capture(at, inputs, networks, optimizer, accelerator)
         saver.save(at.step, content, last)
+
+    def complain(loss: float) -> None:
+        """End a run whose loss is no number; the step is the first one whose loss was not."""
+        step = min(at.step, at.logged + int(finite / world) + 1)
+        kept = run / "model.safetensors" if saver.kept else ""
+        raise UserError(explosion(loss, at.epoch + 1, step, rate(step - 1), gradient, kept))
 
     began, gradient = time.perf_counter() - at.seconds, None
     epochs = "" if args.time or args.plan else f"/{args.epochs}"
     with Interrupts(world) as interrupts, advice(args.batch_size, args.accumulate):
-        while at.step < plan.total or at.batch:  # a signal may have come between steps and end
-            # Train.  In a step nothing is read back from the device, but the loss at times: every
-            # --log-every, and in the first steps, where a learning rate that is too high shows.
-            model.train()
+        # A signal may have come between the last step and the end of its epoch.
+        while (at.step < plan.total or at.batch) and not at.ended:
+            if freezer.update(at.epoch):
+                model = runtime.wrap_again(model, prepare(black), accelerator)
+            freezer.train()
             start = at.batch if at.step < plan.total else len(train_loader)
             train_loader.sampler.epoch, train_loader.sampler.start = at.epoch, start
             epoch_began = time.perf_counter() - at.epoch_seconds
@@ -367,49 +307,48 @@ def main(argv=None):
                 initial=at.batch,
                 disable=None if is_main else True,
             )
+
+            # Train.  In a step nothing is read back from the device, but the loss at times: every
+            # --log-every, and in the first steps, where a learning rate that is too high shows.
             for images, labels, index in batches:
-                runtime.seed_step(args.seed, at.step, rank, world, device)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate(at.step)
-                images = augment(
-                    images, args.augment, not train.in_memory, args.seed, at.epoch, index
-                )
+                schedule.apply(optimizer, args.lr, at.step, *plan.at(at.step), scores)
+                images, targets = augment(images, objective.targets(labels, index), at.epoch, index)
                 if at.step == 0 and is_main:
-                    shown = prepare.undo(prepare(images[:32])).cpu()
-                    names = [data.classes[label] for label in labels[:32].tolist()]
-                    curves.add("image", "training_pictures", draw_grid(shown, names), at.step)
-                # Every picture weighs the same, in whichever part, process or short batch it is;
+                    grid = summary.picture_grid(prepare, images, targets, data.classes)
+                    curves.add("image", "training_pictures", grid, at.step)
+                runtime.seed_step(args.seed, at.step, rank, world, device)
+                # Every picture counts the same, in whichever part, process or short batch it is;
                 # `world` undoes the mean that Accelerate takes over the processes.
                 batch_images = train_loader.sampler.size(at.batch)
                 counted = train_loader.sampler.counts(at.batch)
-                weight = counted * world / batch_images
                 parts = max(1, min(args.accumulate, len(labels) // 2))
                 for k, (x, y) in enumerate(
-                    zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+                    zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True)
                 ):
                     last = k == parts - 1
                     with contextlib.nullcontext() if last else accelerator.no_sync(model):
                         logits = model(prepare(x))
-                        loss = F.cross_entropy(
-                            logits, y, reduction="sum", label_smoothing=args.label_smoothing
-                        )
-                        accelerator.backward(loss * weight)
+                        loss = objective(logits, y, x)
+                        whole = loss * (counted * world / batch_images) + last * penalty()
+                        accelerator.backward(whole, **second_order)
                     with torch.no_grad():
-                        hits = (logits.argmax(1) == y).sum()
+                        hits = (logits.argmax(1) == y.argmax(1)).sum()
                         losses[:2] += torch.stack([loss, hits]) * counted
                 losses[2] += losses[0].isfinite()
+                if watch:
+                    watch.gradients(at.step + 1, time.perf_counter() - began)
                 if args.clip:
                     accelerator.clip_grad_norm_(model.parameters(), args.clip)
-                look = (
-                    gradient is None
-                    or at.step < args.log_every
-                    or (at.step + 1) % args.log_every == 0
-                )
+                look = gradient is None or at.step < args.log_every
+                look |= (at.step + 1) % args.log_every == 0
                 if look:
                     gradient = largest_gradient(plain, at.step + 1, gradient)
+                choices.seed_draws(optimizer, args.seed, at.step)
                 optimizer.step()
                 optimizer.zero_grad()
                 at.batch, at.step, at.images = at.batch + 1, at.step + 1, at.images + batch_images
+                if averaged:
+                    averaged.update(plain, at.step)
                 at.epoch_seconds = time.perf_counter() - epoch_began
                 if plan.is_due(at.step):
                     plan.look(
@@ -421,10 +360,7 @@ def main(argv=None):
                 if look or ends or is_due or interrupts.stop:
                     loss, hits, finite = accelerator.reduce(losses).tolist()
                     if not math.isfinite(loss):
-                        step = at.logged + int(finite / world) + 1  # the first one that was not
-                        lr = rate(step - 1)
-                        kept = run / "model.safetensors" if at.best else ""
-                        raise UserError(explosion(loss, at.epoch + 1, step, lr, gradient, kept))
+                        complain(loss)
                 if at.step % args.log_every == 0 or ends:
                     if is_main:
                         curves.add("scalar", "train_loss", loss / at.images, at.step)
@@ -442,9 +378,10 @@ def main(argv=None):
 
             # Validate.
             if not interrupts.stop:
-                runtime.sync_buffers(plain, accelerator)
+                for network in networks.values():
+                    runtime.sync_buffers(network, accelerator)
                 if val:
-                    rows = evaluate(plain, val_loader, prepare, accelerator, interrupts)
+                    rows = evaluate(judged, val_loader, prepare, accelerator, interrupts)
             if interrupts.stop:
                 save(last=True)
                 break
@@ -456,58 +393,60 @@ def main(argv=None):
                 "lr": rate(at.step - 1),
                 "images_per_second": at.sums[2].item() / at.epoch_seconds,
                 "seconds": at.epoch_seconds,
-                "weights_sha256": checkpoint.digest(plain.state_dict()),
+                "weights_sha256": checkpoint.digest(judged.state_dict()),
             }
             if val:
                 result = figures(rows, len(data.classes))
                 record |= {"val_loss": result["loss"], "val_accuracy": result["top1"]}
+                record["val_f1"] = result["macro_f1"]
                 if not math.isfinite(result["loss"]):  # the last step was one too many
-                    kept = saver.kept and run / "model.safetensors"
-                    lr = record["lr"]
-                    raise UserError(
-                        explosion(result["loss"], at.epoch + 1, at.step, lr, gradient, kept)
-                    )
+                    complain(result["loss"])
+                scores.append(score(record, args.metric))
             at.history.append(record)
 
-            # Save and log.  Without validation pictures the last weights are kept, else the best.
-            # Few validation pictures often tie in accuracy: then the smaller loss decides.
-            score = [record["val_accuracy"], -record["val_loss"]] if val else [at.epoch]
-            if better := at.best is None or score > at.best_score:
-                at.best, at.best_score = record, score
+            # Save and log.  Few validation pictures often tie: then the smaller loss decides.
+            standing = [scores[-1], -record["val_loss"]] if val else [at.epoch]
+            if args.keep == "last":
+                standing = [at.epoch]
+            if better := at.best is None or standing > at.best_score:
+                at.best, at.best_score = record, standing
             at.epoch, at.batch, at.epoch_seconds = at.epoch + 1, 0, 0.0
             at.sums.zero_()
+            if args.patience and choices.stale(scores, args.min_delta) >= args.patience:
+                at.ended = f"{args.patience} epochs without a better one"
+            if args.overfit and record["val_accuracy"] == 1:
+                at.ended = "all pictures are learned"
             if is_main:
                 digests = [[r["step"], r["weights_sha256"]] for r in at.history]
                 header |= {"epoch": at.epoch, "validation": record, "digests": digests}
                 header["plan"] = plan.marks
-                weights = checkpoint.encode(plain.state_dict(), header)
+                weights = checkpoint.encode(judged.state_dict(), header)
                 if better:
                     saver.weights = weights
-                if args.save_every_epoch:
+                if args.keep == "all":
                     saver.files[run / "epochs" / f"epoch-{at.epoch:03d}.safetensors"] = weights
                 at.seconds = time.perf_counter() - began
-                saver.files[run / "metrics.json"] = summarise(at, finished=False)
+                saver.files[run / "metrics.json"] = summary.as_json(at, finished=False)
                 for key, value in record.items():
                     if key not in ("step", "weights_sha256"):
                         curves.add("scalar", f"epoch/{key}", value, at.step)
-            save(last=at.step == plan.total)
+            if watch:
+                watch.inside(at.step, time.perf_counter() - began)
+            save(last=bool(at.ended) or at.step == plan.total)
             if is_main:
                 run_folder.point_latest(run)
-            left = at.seconds / at.step * (plan.total - at.step)
-            say(describe(record, epochs, left))
+            left = 0 if at.ended else at.seconds / at.step * (plan.total - at.step)
+            say(summary.describe(record, epochs, left))
 
     # Where the weights are, and which command comes next.
+    status = interrupts.stop
     if is_main and not interrupts.stop:
         was_finished = run_folder.is_finished(run)
-        checkpoint.atomic_write(run / "metrics.json", summarise(at, finished=True))
+        checkpoint.atomic_write(run / "metrics.json", summary.as_json(at, finished=True))
         results = {f"result/{k}": v for k, v in at.best.items() if k.startswith(("train_", "val_"))}
         if not was_finished:
             curves.add_hparams(options.stored(args), results, at.step)
-        reached = f", validation accuracy {at.best['val_accuracy']:.2%}" if val else ""
-        weights = run / "model.safetensors"
-        print(f"weights of epoch {at.best['epoch']}{reached}: {weights}")
-        print(f"training took {at.train_seconds:.1f} s")
-        print(f"next: {options.command('test.py', '--weights', weights)}")
+        print(summary.conclude(args, at, run))
     elif is_main:
         print(
             f"stopped in epoch {at.epoch + 1} after {at.batch} of {len(train_loader)} batches, and "
@@ -517,7 +456,9 @@ def main(argv=None):
         curves.close()
     accelerator.wait_for_everyone()  # without it gloo now and then aborts while shutting down
     accelerator.end_training()
-    return interrupts.stop
+    if args.overfit and at.best and at.best["val_accuracy"] < 1:
+        status = status or 1
+    return status
 
 
 if __name__ == "__main__":

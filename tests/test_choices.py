@@ -1,21 +1,32 @@
 """What is chosen by name does what the name says."""
 
+import math
+from argparse import ArgumentTypeError
+
+import numpy as np
 import pytest
 import torch
+from sklearn.utils.class_weight import compute_class_weight
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+from torchvision.ops import sigmoid_focal_loss
 
 import choices
-from choices import lr_factor
+from choices import Objective, Schedule, losses
 from model import create_model
+from options import UserError
 
 
-def factors(total, warmup, schedule):
-    return [lr_factor((k + 0.5) / total, warmup, total, schedule) for k in range(total)]
+def factors(total, warmup, schedule, per_epoch=10):
+    schedule = Schedule(schedule, warmup, per_epoch)
+    return [schedule.factor(k, (k + 0.5) / total, total) for k in range(total)]
 
 
 @pytest.mark.parametrize("warmup", ["10", "10%"])
 def test_learning_rate(warmup):
     """A linear rise, then half a cosine or a line to zero, or no change; in the middle of steps."""
-    for schedule in choices.SCHEDULES:
+    for schedule in ("constant", "cosine", "linear", "step:99", "multistep:99", "plateau"):
         rates = factors(100, warmup, schedule)
         assert rates[:10] == pytest.approx([0.05 + 0.1 * k for k in range(10)])
         assert max(rates) <= 1
@@ -30,8 +41,105 @@ def test_learning_rate(warmup):
 
 def test_warmup_longer_than_training():
     """The rate rises all the time, and nothing is divided by zero."""
-    rates = factors(10, "40", "cosine")
-    assert rates == pytest.approx([(k + 0.5) / 40 for k in range(10)])
+    for schedule in choices.SCHEDULES:
+        words = {"step": "step:2", "multistep": "multistep:2", "restarts": "restarts:2"}
+        rates = factors(10, "40", words.get(schedule, schedule))
+        if schedule != "onecycle":
+            assert rates == pytest.approx([(k + 0.5) / 40 for k in range(10)])
+
+
+def torch_rates(make, steps, per_epoch):
+    """The rates of one of torch's schedulers that is stepped once an epoch."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    scheduler, rates = make(optimizer), []
+    for step in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        if (step + 1) % per_epoch == 0:
+            optimizer.step()
+            scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("step:3:0.5", lambda o: lr_scheduler.StepLR(o, 3, 0.5)),
+        ("multistep:2,5:0.1", lambda o: lr_scheduler.MultiStepLR(o, [2, 5], 0.1)),
+    ],
+)
+def test_steps_are_those_of_torch(ours, theirs):
+    """step and multistep fall when torch's schedulers do, which count epochs of any length."""
+    for per_epoch in (1, 7, 10):
+        rates = factors(9 * per_epoch, "0", ours, per_epoch)
+        assert rates == pytest.approx(torch_rates(theirs, 9 * per_epoch, per_epoch))
+
+
+def test_restarts_are_those_of_torch():
+    """restarts is SGDR: torch's rates in the middle of every step, cycles of 2, 6 and 18 epochs."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    scheduler, rates = lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 2, 3), []
+    for step in range(200):
+        scheduler.step((step + 0.5) / 10)
+        rates.append(scheduler.get_last_lr()[0])
+    assert factors(200, "0", "restarts:2:3") == pytest.approx(rates)
+    after = factors(220, "20", "restarts:2:3")[20:]  # a warm-up moves them
+    assert after == pytest.approx(rates)
+
+
+def test_onecycle_is_that_of_torch():
+    """onecycle's rates and momenta are torch's; --warmup sets how long they rise."""
+    for warmup, rise in (("0", 0.3), ("10%", 0.1)):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0, momentum=0.9)
+        theirs = lr_scheduler.OneCycleLR(optimizer, 1.0, 2000, pct_start=rise)
+        ours = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0, momentum=0.9)
+        schedule = Schedule("onecycle", warmup, 10)
+        for step in range(1999):
+            schedule.apply(ours, 1.0, step, (step + 0.5) / 2000, 2000, [])
+            for key in ("lr", "momentum"):
+                wanted = optimizer.param_groups[0][key]
+                assert ours.param_groups[0][key] == pytest.approx(wanted, abs=0.003), (step, key)
+            optimizer.step()
+            theirs.step()
+    adam = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    schedule.apply(adam, 1.0, 0, 0.0, 2000, [])
+    assert adam.param_groups[0]["betas"] == (pytest.approx(0.95), 0.999)
+
+
+@pytest.mark.parametrize("patience", [0, 1, 3])
+def test_plateau_is_that_of_torch(patience):
+    """The rate falls when torch's ReduceLROnPlateau lets it, whatever the scores do."""
+    generator = np.random.default_rng(0)
+    for min_delta in (0.0, 0.2):
+        scores = np.round(np.sqrt(np.arange(60)) + generator.normal(0, 1, 60), 1).tolist()
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+        theirs = lr_scheduler.ReduceLROnPlateau(
+            optimizer, "max", 0.1, patience, min_delta, "abs", eps=0
+        )
+        ours = Schedule(f"plateau:0.1:{patience}", "0", 10, min_delta)
+        for n, value in enumerate(scores):
+            theirs.step(value)
+            rate = ours.factor(10 * n + 10, n / 60, 600, scores[: n + 1])
+            assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+        assert rate < 0.1
+
+
+def test_stale():
+    """Epochs are counted since the last that was better by more than was asked for."""
+    assert choices.stale([]) == 0
+    assert choices.stale([0.5, 0.6, 0.6, 0.55]) == 2
+    assert choices.stale([0.5, 0.6, 0.61, 0.62, 0.75], 0.1) == 0
+    assert choices.stale([0.5, 0.7, 0.71, 0.75], 0.1) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    "cosin step step:x step:0 step:3:0.1:4 multistep:5,5 multistep:6,5:0.1 restarts:0"
+    " restarts:5:0.5 plateau:2:3 plateau:0.1:x linear:3 onecycle:1".split(),
+)
+def test_schedules_that_are_none(text):
+    """A schedule that cannot be is refused when it is parsed, and says what is wrong with it."""
+    with pytest.raises(ArgumentTypeError):
+        choices.schedule_name(text)
 
 
 @pytest.mark.parametrize("name", choices.OPTIMIZERS)
@@ -39,19 +147,76 @@ def test_optimizers_learn(name):
     """Each optimizer holds every trainable parameter once, and lowers a loss."""
     torch.manual_seed(0)
     model = create_model("fastnet", 3, 1, width=8)
-    optimizer = choices.create_optimizer(name, model, 0.02, 0.6, 0.01)
+    lr = {"adabelief": 0.005, "ranger": 0.05}.get(name, 0.02)
+    optimizer = choices.create_optimizer(name, model, lr, 0.6, 0.01)
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held))
     assert set(held) == {p for p in model.parameters() if p.requires_grad}
     images, labels = torch.randn(30, 1, 32, 32), torch.arange(30) % 3
-    losses = []
-    for _ in range(8):
-        loss = torch.nn.functional.cross_entropy(model(images), labels)
-        losses.append(loss.item())
+    trace = []
+    for _ in range(12):
+        loss = F.cross_entropy(model(images), labels)
+        trace.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < 0.9 * losses[0]
+    assert trace[-1] < 0.9 * trace[0]
+
+
+def test_biases_and_norms_are_not_decayed():
+    """Without gradients, weight decay shrinks matrices and filters, and nothing else."""
+    for name in choices.OPTIMIZERS:
+        torch.manual_seed(0)
+        model = create_model("resnet10t", 3)
+        before = {key: p.detach().clone() + 0 for key, p in model.named_parameters()}
+        optimizer = choices.create_optimizer(name, model, 0.1, 0.0, 0.5)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        for _ in range(6):  # ranger's slow weights move in the sixth step
+            optimizer.step()
+        for key, p in model.named_parameters():
+            moved = not torch.equal(p, before[key])
+            # muon's last layer is AdamW's, without decay
+            assert moved == (p.ndim > 1 and not (name == "muon" and key == "fc.weight")), (
+                name,
+                key,
+            )
+
+
+def test_sgd_has_nesterov_momentum():
+    """--nesterov gives the steps of torch.optim.SGD's, and without it the plain ones."""
+    for nesterov in (False, True):
+        torch.manual_seed(0)
+        ours, theirs = create_model("lenet", 2), create_model("lenet", 2)
+        theirs.load_state_dict(ours.state_dict())
+        one = choices.create_optimizer("sgd", ours, 0.1, 0.9, 0.0, nesterov)
+        other = torch.optim.SGD(theirs.parameters(), 0.1, 0.9, nesterov=nesterov)
+        for _ in range(3):
+            for model, optimizer in ((ours, one), (theirs, other)):
+                model(torch.ones(2, 3, 32, 32)).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_every_name_of_timm():
+    """Any optimizer of timm's is made, or refused in one line for what it needs."""
+    from timm.optim import list_optimizers
+
+    made = 0
+    for name in [*list_optimizers(), "lookahead_adam"]:
+        choices.optimizer_name(name)
+        said = f"--optimizer {name} cannot"
+        try:
+            choices.create_optimizer(name, create_model("lenet", 2), 0.01, 0.9, 0.01)
+            made += 1
+        except UserError as error:
+            said = str(error)
+        assert said.startswith(f"--optimizer {name} cannot") and "\n" not in said
+    assert made > 80
+    with pytest.raises(ArgumentTypeError, match="did you mean adamw"):
+        choices.optimizer_name("adamww")
 
 
 def test_muon_orthogonalises_filters():
@@ -60,9 +225,7 @@ def test_muon_orthogonalises_filters():
     model = create_model("fastnet", 3, 1, width=8)
     optimizer = choices.create_optimizer("muon", model, 1.0, 0.0, 0.0)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    torch.nn.functional.cross_entropy(
-        model(torch.randn(30, 1, 32, 32)), torch.arange(30) % 3
-    ).backward()
+    F.cross_entropy(model(torch.randn(30, 1, 32, 32)), torch.arange(30) % 3).backward()
     optimizer.step()
     steps = {name: p - before[name] for name, p in model.named_parameters()}
     values = torch.linalg.svdvals(steps["blocks.1.conv2.weight"].flatten(1))
@@ -72,3 +235,138 @@ def test_muon_orthogonalises_filters():
     ].abs()  # Adam's first step is the same for all, whatever the gradient
     assert head.std() < 0.01 * head.mean()
     assert not steps["whitening.weight"].any()
+
+
+def test_l1_is_of_the_decayed_weights():
+    """The penalty's gradient is the sign of each weight, and none of a bias."""
+    model = create_model("lenet", 2)
+    choices.l1_penalty(model, 0.3)().backward()
+    for p in model.parameters():
+        if p.ndim > 1:
+            assert torch.equal(p.grad, 0.3 * p.sign())
+        else:
+            assert p.grad is None
+    assert choices.l1_penalty(model, 0.0)() == 0
+
+
+LOGITS = torch.tensor([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3], [-3.0, 1.0, 4.0]])
+LABELS = torch.tensor([0, 2, 1])
+HARD = F.one_hot(LABELS, 3).float()
+SOFT = torch.tensor([[0.7, 0.3, 0.0], [0.2, 0.2, 0.6], [0.0, 1.0, 0.0]])
+
+
+def test_cross_entropy_is_that_of_torch():
+    """Hard and soft targets, with and without label smoothing."""
+    for smoothing in (0.0, 0.2):
+        one = losses("cross-entropy", LOGITS, HARD, smoothing)
+        plain = F.cross_entropy(LOGITS, LABELS, reduction="none", label_smoothing=smoothing)
+        torch.testing.assert_close(one, plain)
+    by_hand = -(SOFT * LOGITS.log_softmax(1)).sum(1)
+    torch.testing.assert_close(losses("cross-entropy", LOGITS, SOFT), by_hand)
+
+
+def test_focal_loss():
+    """With gamma 0 cross-entropy; for two classes torchvision's; else by the paper's formula."""
+    entropy = losses("cross-entropy", LOGITS, HARD)
+    torch.testing.assert_close(losses("focal:0", LOGITS, HARD), entropy)
+    p = LOGITS.softmax(1)[torch.arange(3), LABELS]
+    torch.testing.assert_close(losses("focal", LOGITS, HARD), -((1 - p) ** 2) * p.log())
+    torch.testing.assert_close(losses("focal:0.5", LOGITS, HARD), -((1 - p) ** 0.5) * p.log())
+    x, y = torch.linspace(-4, 4, 9), torch.arange(9) % 2
+    two = losses("focal:2", torch.stack([torch.zeros(9), x], 1), F.one_hot(y, 2).float())
+    torch.testing.assert_close(two, sigmoid_focal_loss(x, y.float(), alpha=-1, gamma=2))
+    sure = torch.tensor([[80.0, 0.0]], requires_grad=True)  # 1 - p is 0 in float32
+    losses("focal:0.5", sure, torch.tensor([[1.0, 0.0]])).sum().backward()
+    assert sure.grad.isfinite().all()
+
+
+def test_bce_and_mse():
+    """Means over the classes, as torch has them; smoothing moves the targets of both."""
+    timm_loss = pytest.importorskip("timm.loss").BinaryCrossEntropy
+    for smoothing in (0.0, 0.1):
+        ours = losses("bce", LOGITS, HARD, smoothing)
+        assert ours.mean().item() == pytest.approx(timm_loss(smoothing)(LOGITS, LABELS).item())
+        smoothed = HARD * (1 - smoothing) + smoothing / 3
+        brier = F.mse_loss(LOGITS.softmax(1), smoothed, reduction="none").mean(1)
+        torch.testing.assert_close(losses("mse", LOGITS, HARD, smoothing), brier)
+
+
+@pytest.mark.parametrize("name", [*choices.LOSSES, "focal:1.5", "teacher"])
+def test_gradients_of_losses(name):
+    """In double precision the gradients agree with differences (torch.autograd.gradcheck)."""
+    torch.manual_seed(0)
+    logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    targets = (
+        F.one_hot(torch.arange(5) % 4, 4) * (1 + torch.arange(5.0, dtype=torch.float64))[:, None]
+    )
+    if name != "focal" and name != "focal:1.5":
+        targets = targets + torch.rand(5, 4, dtype=torch.float64)
+    taught = torch.randn(5, 4, dtype=torch.float64)
+    weights = torch.ones(5, dtype=torch.float64)
+    if name == "teacher":
+        objective = Objective("bce", 4, weights, 0.1, lambda images: taught, 0.6, 3.0)
+    else:
+        objective = Objective(name, 4, weights, 0.0 if "focal" in name else 0.1)
+    assert torch.autograd.gradcheck(lambda x: objective(x, targets, None), logits)
+
+
+def test_class_weights():
+    """balanced is scikit-learn's; a list is taken in the order of the classes, and counted."""
+    labels = np.array([0] * 50 + [1] * 3 + [2] * 7)
+    wanted = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    ours = choices.class_weights("balanced", torch.tensor(labels).bincount())
+    assert ours.tolist() == pytest.approx(wanted.tolist())
+    counts = torch.tensor([5, 5])
+    assert choices.class_weights("1,4", counts).tolist() == [1, 4]
+    assert choices.class_weights(None, counts).tolist() == [1, 1]
+    with pytest.raises(UserError, match="3 numbers for 2 classes"):
+        choices.class_weights("1,2,3", counts)
+
+
+def test_weighted_loss_is_that_of_torch():
+    """A whole data set with class weights gives torch's weighted mean; mixed pictures mix it."""
+    weights = torch.tensor([3.0, 1.0, 0.5])
+    objective = Objective("cross-entropy", 3, weights[LABELS])
+    targets = objective.targets(LABELS, torch.arange(3))
+    mean = objective(LOGITS, targets, None) / 3
+    torch.testing.assert_close(mean, F.cross_entropy(LOGITS, LABELS, weights))
+    mixed = 0.3 * targets[:1] + 0.7 * targets[1:2]
+    one, other = (
+        targets[i].sum() * F.cross_entropy(LOGITS[:1], LABELS[i : i + 1]) for i in range(2)
+    )
+    torch.testing.assert_close(objective(LOGITS[:1], mixed, None), 0.3 * one + 0.7 * other)
+    nothing = Objective("bce", 3, torch.tensor([1.0, 1.0, 0.0]))
+    targets = nothing.targets(LABELS, torch.arange(3))
+    assert nothing(LOGITS[2:], targets[2:], None) == 0
+
+
+def test_distillation():
+    """Nothing is lost on a teacher's own answers; else Hinton's softened divergence."""
+    assert choices.distillation(LOGITS, LOGITS, 4.0).abs().max() < 1e-6
+    other = LOGITS.flip(1)
+    p, q = (other / 2).softmax(1), (LOGITS / 2).softmax(1)
+    wanted = 4 * (p * (p.log() - q.log())).sum(1)
+    torch.testing.assert_close(choices.distillation(LOGITS, other, 2.0), wanted)
+    half = Objective(
+        "mse", 3, torch.ones(3), teacher=lambda images: other, share=0.5, temperature=2
+    )
+    both = 0.5 * losses("mse", LOGITS, HARD) + 0.5 * wanted
+    torch.testing.assert_close(half(LOGITS, HARD, None), both.sum())
+
+
+def test_moving_average():
+    """The average follows with a decay that rises to its value; none is none."""
+    assert choices.moving_average(nn.Linear(1, 1), None) is None
+    network = nn.Linear(1, 1)
+    average = choices.moving_average(network, 0.9)
+    nn.init.zeros_(network.weight)
+    average.update(network, 1)
+    assert average.module.weight.item() == 0
+    nn.init.ones_(network.weight)
+    value = 0.0
+    for step in range(2, 60):
+        average.update(network, step)
+        decay = min(0.9, 1 - step ** (-2 / 3))
+        value = decay * value + 1 - decay
+        assert average.module.weight.item() == pytest.approx(value, rel=1e-4), step
+    assert math.isclose(decay, 0.9)

@@ -205,7 +205,7 @@ def test_broken_test_pictures_are_skipped_to_the_end(clone, make_folder):
     folder = make_folder(clone / "with space", {"train": 6, "test": 3}, size=(16, 16))
     (folder / "test" / "bees" / "torn.png").write_bytes(b"")
     shell("make train DATA='with space' MODEL=lenet", clone, status=2)
-    words = "--skip-broken --epochs 1 --no-save-every-epoch"
+    words = "--skip-broken --epochs 1 --no-watch"
     said = shell(f"make train DATA='with space' MODEL=lenet ARGS='{words}'", clone)
     assert "1 broken pictures left out" in said
     assert "6 pictures" in said

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import test as test_script
-import train
 
 import options
+import settings
 from options import OutsideError, UserError, duration, interval, number, parse
 
 
@@ -22,7 +22,7 @@ def config(tmp_path):
     def read(text, *words, recipe=None):
         path = tmp_path / "a.yaml"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return parse(train.build_parser(), ["--config", path, *words], recipe)
+        return parse(settings.build_parser(), ["--config", path, *words], recipe)
 
     read.path = tmp_path / "a.yaml"
     return read
@@ -42,23 +42,23 @@ def test_config_values(config):
     assert (args.lr, args.batch_size, args.model) == (0.001, 32, "lenet")
     assert args.mean == [0.1, 0.2, 0.3]
     assert args.std == [0.5]
-    assert config("").epochs == train.build_parser().get_default("epochs")
+    assert config("").epochs == settings.build_parser().get_default("epochs")
 
 
 @pytest.mark.parametrize("yes", ["true", "yes", "True", "TRUE"])
 @pytest.mark.parametrize("no", ["false", "no", "False", "FALSE"])
 def test_config_booleans(config, yes, no):
     """A flag is switched by any of YAML's own words for yes and no."""
-    args = config(f"skip-broken: {yes}\nsave-every-epoch: {no}\n")
+    args = config(f"skip-broken: {yes}\nnesterov: {no}\n")
     assert args.skip_broken is True
-    assert args.save_every_epoch is False
+    assert args.nesterov is False
 
 
 @pytest.mark.parametrize("null", ["", "null", "~"])
 def test_config_null(config, null):
     """Null leaves an option at its default."""
     args = config(f"lr: {null}\nmodel: {null}\nskip-broken: {null}\n")
-    assert args.lr == train.build_parser().get_default("lr")
+    assert args.lr == settings.build_parser().get_default("lr")
     assert args.model is None
     assert args.skip_broken is False
 
@@ -100,7 +100,7 @@ def test_command_line_wins(config, tmp_path, monkeypatch):
     monkeypatch.setattr(options, "RECIPES", tmp_path)
     args = config("lr: 4\nepochs: 5\nmean: 0.5", "--lr", "6", recipe="base")
     assert (args.lr, args.epochs, args.seed, args.mean) == (6, 5, 3, [0.5])
-    assert args.batch_size == train.build_parser().get_default("batch_size")
+    assert args.batch_size == settings.build_parser().get_default("batch_size")
     refuse(lambda: config("epochs: 1", "--lr", "x"), "--lr")
 
 
@@ -110,12 +110,12 @@ def test_command_line_wins(config, tmp_path, monkeypatch):
         [],
         ["--mean", "0.1", "0.2", "0.3", "--std", "1", "--skip-broken", "--clip", "1e-7"],
         ["--data", "no", "--model", "Öl/ 日本: #1", "--precision", "no", "--workers", "0"],
-        ["--output", "- a", "--lr", "1e-30", "--no-save-every-epoch", "--weight-decay", "0"],
+        ["--output", "- a", "--lr", "1e-30", "--no-nesterov", "--weight-decay", "0"],
     ],
 )
 def test_saved_options(config, words):
     """The options that a run stores give the same options when they are read back."""
-    args = parse(train.build_parser(), words)
+    args = parse(settings.build_parser(), words)
     again = config(options.as_yaml(options.stored(args)))
     assert vars(again) == {**vars(args), "config": str(config.path)}
 
@@ -126,19 +126,20 @@ RECIPES = sorted(path.stem for path in options.RECIPES.glob("*.yaml"))
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(recipe):
     """Every recipe is a whole set of valid options of train.py."""
-    args = parse(train.build_parser(), ["--config", recipe])
+    args = parse(settings.build_parser(), ["--config", recipe])
     assert args.model
-    assert parse(train.build_parser(), ["--config", f"{recipe}.yaml"]).lr == args.lr
+    assert parse(settings.build_parser(), ["--config", f"{recipe}.yaml"]).lr == args.lr
 
 
 def test_unknown_recipe():
     """A recipe that does not exist is answered with those that do, the nearest first."""
-    call = lambda: parse(train.build_parser(), ["--config", "digit"])  # noqa: E731
+    call = lambda: parse(settings.build_parser(), ["--config", "digit"])  # noqa: E731
     refuse(call, "--config digit", "did you mean digits?", *RECIPES)
-    refuse(lambda: parse(train.build_parser(), ["--config", "some/where.yaml"]), "some/where.yaml")
+    call = lambda: parse(settings.build_parser(), ["--config", "some/where.yaml"])  # noqa: E731
+    refuse(call, "some/where.yaml")
 
 
-@pytest.mark.parametrize("script", [train, test_script])
+@pytest.mark.parametrize("script", [settings, test_script])
 def test_command_line_mistakes(script):
     """No option is guessed from its beginning; a misspelt one is answered with the nearest."""
     refuse(lambda: parse(script.build_parser(), ["--batch", "4"]), "--batch", "--batch-size")
@@ -188,7 +189,7 @@ def test_interval(text):
 @pytest.mark.parametrize("text", ["5", "90s", "1.5h"])
 def test_save_every(config, text):
     """--save-every is read alike from the command line, a file and the options of a run."""
-    args = parse(train.build_parser(), ["--save-every", text])
+    args = parse(settings.build_parser(), ["--save-every", text])
     assert args.save_every == config(f"save-every: {text}").save_every == text
     assert config(options.as_yaml(options.stored(args))).save_every == text
     for wrong in ("0", "-1s", "5 minutes", "", "nanm"):
@@ -198,11 +199,11 @@ def test_save_every(config, text):
 def test_stored():
     """What a run stores is what it is told by: not where that came from, nor what it resumes."""
     words = ["--config", "digits", "--resume", "runs/a"]
-    stored = options.stored(parse(train.build_parser(), words))
+    stored = options.stored(parse(settings.build_parser(), words))
     assert "config" not in stored and "resume" not in stored
-    assert stored == options.stored(parse(train.build_parser(), ["--config", "digits"]))
-    assert options.stored(parse(train.build_parser(), ["--no-resume"])) == options.stored(
-        parse(train.build_parser(), [])
+    assert stored == options.stored(parse(settings.build_parser(), ["--config", "digits"]))
+    assert options.stored(parse(settings.build_parser(), ["--no-resume"])) == options.stored(
+        parse(settings.build_parser(), [])
     )
 
 

@@ -16,11 +16,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 import checkpoint
+import choices
 import clock
 import interrupts
 import metrics
 import options
 import runtime
+import transforms
 
 TINY = ["--model", "lenet", "--epochs", "3", "--batch-size", "8", "--workers", "0"]
 TINY += ["--precision", "no", "--augment", "standard", "--log-every", "3"]  # 12 steps in all
@@ -362,7 +364,7 @@ def test_threads_are_restored(command, undisturbed, tmp_path, monkeypatch, capsy
     [
         ["--model", "torchvision/mobilenet_v3_small"],  # batch norm and dropout
         ["--optimizer", "sgd", "--clip", "1", "--accumulate", "2", "--val", "0"],
-        ["--precision", "bf16", "--schedule", "constant", "--save-every-epoch"],
+        ["--precision", "bf16", "--schedule", "constant", "--keep", "all"],
     ],
 )
 def test_any_network_and_optimizer(pictures, tmp_path, monkeypatch, words):
@@ -401,7 +403,7 @@ def test_loss_that_is_no_number(command, tmp_path, capsys):
 
 def test_gradient_that_explodes_later(command, pictures, tmp_path, monkeypatch, capsys):
     """The weights of the last good epoch are kept and named, and the layer is the one to blame."""
-    real = train.augment
+    real = transforms.augment
     calls = itertools.count(1)
 
     def explode(images, *args):
@@ -416,7 +418,7 @@ def test_gradient_that_explodes_later(command, pictures, tmp_path, monkeypatch, 
         explode.model = create(*args, **settings)
         return explode.model
 
-    monkeypatch.setattr(train, "augment", explode)
+    monkeypatch.setattr(transforms, "augment", explode)
     monkeypatch.setattr(train, "create_model", remember)
     assert call(*command) == 2
     error = capsys.readouterr().err
@@ -432,7 +434,7 @@ def test_out_of_memory(command, monkeypatch, capsys):
     def overflow(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(train.F, "cross_entropy", overflow)
+    monkeypatch.setattr(choices.F, "cross_entropy", overflow)
     assert call(*command, "--accumulate", "2") == 1
     error = capsys.readouterr().err
     assert "--accumulate 4" in error and "--batch-size 4" in error and len(error.splitlines()) == 1
@@ -449,7 +451,7 @@ def test_deterministic(command, undisturbed, tmp_path, monkeypatch, capsys):
         def refuse(*_, **__):
             raise RuntimeError(message)
 
-        monkeypatch.setattr(train.F, "cross_entropy", refuse)
+        monkeypatch.setattr(choices.F, "cross_entropy", refuse)
         assert call(*command, "--deterministic") == 2
         error = capsys.readouterr().err
         assert "put_" in error and "--deterministic" in error and len(error.splitlines()) == 1

@@ -1,0 +1,32 @@
+"""Trainings that another command starts, as processes of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+
+from options import ROOT
+
+
+def train(words: list, processes: int = 1, threads: int | None = None) -> int:
+    """Run scripts/train.py with these options to its end; its exit status.
+
+    A signal is passed on, so that training saves and ends.  threads: of each process.
+    """
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", processes]
+    environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_MIXED_PRECISION"}
+    if threads or processes > 1:  # where torchrun would set 1 itself, with a warning
+        environment["OMP_NUM_THREADS"] = str(threads or 1)
+    command = [str(word) for word in (*launcher, ROOT / "scripts" / "train.py", *words)]
+    process = subprocess.Popen(command, env=environment)
+    # The terminal sends a Ctrl-C to training too.
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        before[number] = signal.signal(number, lambda number, _: process.send_signal(number))
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

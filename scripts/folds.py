@@ -1,0 +1,96 @@
+"""Train once for every fold of the training pictures; the mean and deviation of what they reach.
+
+    make folds K=5 DATA=digits
+    python scripts/folds.py --folds 5 --data my/pictures --epochs 20
+
+Every other option is train.py's.  Each training validates on the fold that it has not seen.  Those
+that are finished are not repeated: the same command goes on after an interruption.
+"""
+
+import json
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+
+import _root  # noqa: F401
+import launch
+import options
+import run_folder
+import settings
+from checkpoint import atomic_write
+from options import OutsideError, UserError, number
+
+FIGURES = ("val_accuracy", "val_f1", "val_loss")
+
+
+def build_parser() -> options.Parser:
+    parser = options.parser(__doc__)
+    add = parser.add_argument
+    add("--folds", metavar="K", type=number(int, 2), default=5, help="how many")
+    help = "of each training"
+    add("--processes", metavar="N", type=number(int, 1), default=1, help=help)
+    add("--output", metavar="DIR", help="folder of the runs (default: runs/<data>-<model>-K-folds)")
+    return parser
+
+
+def main(argv=None) -> int:
+    args, words = build_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
+    parser = settings.build_parser()
+    typed = options.parse(parser, words)
+    for option in ("fold", "overfit", "resume"):
+        if getattr(typed, option) is not None:
+            raise UserError(f"--{option} is of one training; leave it out for folds")
+    # Mistakes end here, before the first training.
+    settings.complete(parser, typed, words, typed.data or "cifar10")
+    import dataset
+    import recovery
+
+    words += ["--data", dataset.choose(typed.data)]
+    summaries = []
+    for k in range(1, args.folds + 1):
+        mine = [*words, "--fold", f"{k}/{args.folds}"]
+        wanted = settings.complete(parser, options.parse(parser, mine), mine, words[-1])
+        name = settings.run_name(wanted).rpartition("-fold-")[0]
+        folder = Path(args.output or options.RUNS / f"{name}-{args.folds}-folds")
+        fold = folder / f"fold-{k}"
+        run = finished(fold, partial(recovery.differences, parser, args=wanted))
+        if not run:
+            status = launch.train([*mine, "--output", fold], args.processes)
+            if status in (2, 130, 143):  # which it has told about
+                return status
+            if status:
+                raise OutsideError(f"fold {k} ended with status {status}; the same command goes on")
+            run = finished(fold)
+        summaries.append(json.loads((run / "metrics.json").read_text())["summary"])
+
+    table = {
+        key: {"folds": values, "mean": statistics.mean(values), "std": statistics.stdev(values)}
+        for key in FIGURES
+        for values in [[summary[key] for summary in summaries]]
+    }
+    atomic_write(folder / "folds.json", json.dumps(table, indent=1))
+    for k, summary in enumerate(summaries, 1):
+        print(
+            f"fold {k}/{args.folds}: epoch {summary['best_epoch']}  "
+            f"accuracy {summary['val_accuracy']:.2%}  macro F1 {summary['val_f1']:.2%}  "
+            f"loss {summary['val_loss']:.4f}"
+        )
+    accuracy, f1, loss = (table[key] for key in FIGURES)
+    print(
+        f"mean ± deviation: accuracy {accuracy['mean']:.2%} ± {accuracy['std']:.2%}  "
+        f"macro F1 {f1['mean']:.2%} ± {f1['std']:.2%}  loss {loss['mean']:.4f} ± {loss['std']:.4f}"
+    )
+    print(f"folds: {folder}")
+    return 0
+
+
+def finished(folder: Path, compare=lambda run: "") -> Path | None:
+    """The newest finished run of a name whose options compare() finds no difference in, if any."""
+    runs = [run for run in run_folder.numbered(folder) if run_folder.is_finished(run)]
+    runs = [run for run in runs if not compare(run)]
+    return max(runs, key=lambda run: (run / "metrics.json").stat().st_mtime, default=None)
+
+
+if __name__ == "__main__":
+    sys.exit(options.run(main))

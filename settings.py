@@ -1,0 +1,254 @@
+"""The options of training, and which of them go together."""
+
+import argparse
+from pathlib import Path
+
+import choices
+import dataset
+import options
+from model import network_defaults
+from options import UserError, interval, number
+from transforms import AUGMENTATIONS
+
+METRICS = ("accuracy", "f1", "loss")
+MEMORISED = 200  # epochs that --overfit takes at most, where --epochs does not say more
+
+
+def build_parser(description: str = "") -> options.Parser:
+    """train.py's parser; description is its module docstring."""
+    parser = options.parser(description)
+    flag = argparse.BooleanOptionalAction
+    share, count = number(float, 0, 1), number(int, 1)
+    positive = number(float, 0, above=True)
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="a YAML file of options, or a recipe's name")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="a known set's name, or a folder (default: cifar10)")
+    help = "kept of the training pictures where there is no val/; 0: train on all, keep the last"
+    add("--val", metavar="SHARE", type=number(float, 0, 0.9), default=0.1, help=help)
+    help = "validate on the K-th of N parts of the training pictures instead (`make folds`)"
+    add("--fold", metavar="K/N", type=fold, help=help)
+    help = "train on so many pictures only, for a quick try"
+    add("--limit", metavar="N", type=number(int, 2), help=help)
+    help = "a check: can so many pictures be learned by heart, without anything that hinders it?"
+    add("--overfit", metavar="N", type=number(int, 2), help=help)
+    help = "side that the network is fed (default: small pictures' own, or the network's)"
+    add("--image-size", metavar="PIXELS", type=count, help=help)
+    help = "of each channel, 0..1 scale (default: small pictures' own, or the network's)"
+    add("--mean", metavar="X", type=share, nargs="+", help=help)
+    add("--std", metavar="X", type=number(float, 0, 1, above=True), nargs="+", help="likewise")
+
+    add = parser.add_argument_group("augmentation").add_argument
+    help = (
+        "light: shifts, or random crops of photographs; standard: and mirroring; trivial, rand: and"
+        " a random change or two (TrivialAugment, RandAugment)"
+    )
+    add("--augment", choices=list(AUGMENTATIONS), default="none", help=help)
+    help = "of the pictures that lose a rectangle (random erasing)"
+    add("--erase", metavar="SHARE", type=share, default=0.0, help=help)
+    help = "mix pictures in pairs, the more evenly the larger (0.2)"
+    add("--mixup", metavar="ALPHA", type=number(float, 0), default=0.0, help=help)
+    help = "replace a rectangle by another picture's (1)"
+    add("--cutmix", metavar="ALPHA", type=number(float, 0), default=0.0, help=help)
+
+    add = parser.add_argument_group("network").add_argument
+    add("--model", help="one of `python model.py`, a timm name, or torchvision/NAME")
+    help = "channels of fastnet's first block (default: 32, or what suits --time)"
+    add("--width", metavar="N", type=number(int, 8, 1024), help=help)
+    help = "zero that share of what the last layer is fed"
+    add("--dropout", metavar="SHARE", type=number(float, 0, 0.99), default=0.0, help=help)
+    help = "begin with the weights of a file or URL (.safetensors, .pth), or with timm's"
+    add("--pretrained", metavar="PATH|URL|timm", help=help)
+    help = "train only the last layer for so many epochs"
+    add("--freeze-epochs", metavar="N", type=number(int, 0), default=0, help=help)
+    help = "never train the layers or parameters of these names ('blocks.0*')"
+    add("--freeze", metavar="PATTERN", nargs="+", help=help)
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", metavar="N", type=count, default=10, help="times through all pictures")
+    help = "train for so long (60s, 5m, 2h) instead, all from the first step to the last counted in"
+    add("--time", metavar="T", type=options.span, help=help)
+    help = "weights trained with --time: repeat their steps, whatever the clock says"
+    add("--plan", metavar="FILE", help=help)
+    help = "pictures per optimizer step, over all processes"
+    add("-b", "--batch-size", metavar="N", type=count, default=64, help=help)
+    help = "compute a batch in so many parts of 2 or more pictures, to save memory"
+    add("--accumulate", metavar="PARTS", type=count, default=1, help=help)
+    help = f"{', '.join(choices.OPTIMIZERS)}, or any name of timm's; adamw suits most networks"
+    add("--optimizer", metavar="NAME", type=choices.optimizer_name, default="adamw", help=help)
+    add("--lr", metavar="X", type=positive, default=0.001, help="learning rate")
+    add("--momentum", metavar="X", type=share, default=0.9, help="of sgd, muon and their like")
+    add("--nesterov", action=flag, default=False, help="Nesterov's momentum for sgd")
+    help = "pull to zero, of all but biases and norms"
+    add("--weight-decay", metavar="X", type=number(float, 0), default=0.01, help=help)
+    help = "added to the loss: so much of the sum of the same weights' absolute values"
+    add("--l1", metavar="X", type=number(float, 0), default=0.0, help=help)
+    help = (
+        "of the learning rate: constant, cosine, linear, step:30:0.1, multistep:30,60:0.1, "
+        "restarts:5:2, onecycle, plateau:0.1:3 (30, 60, 5 and 3 are epochs)"
+    )
+    add("--schedule", metavar="NAME", type=choices.schedule_name, default="cosine", help=help)
+    help = "optimizer steps (500), or share of them all (20%%), of linear rise to the learning rate"
+    add("--warmup", metavar="N", type=options.portion, default="0", help=help)
+    help = "largest norm of all gradients together"
+    add("--clip", metavar="NORM", type=positive, help=help)
+    help = "of the first weights, the order and the augmentation"
+    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help=help)
+
+    add = parser.add_argument_group("loss").add_argument
+    help = f"{', '.join(choices.LOSSES)}; focal:2 is focal with its gamma; mse: of probabilities"
+    add("--loss", metavar="NAME", type=choices.loss_name, default="cross-entropy", help=help)
+    help = "of the true class's weight in the loss, spread over all classes"
+    add("--label-smoothing", metavar="SHARE", type=share, default=0.0, help=help)
+    help = "of the classes in the loss: balanced, for classes of unequal size, or W1,W2,…"
+    add("--class-weights", metavar="WEIGHTS", type=class_weights, help=help)
+    help = "of single pictures in the loss: a CSV file with the columns file and weight"
+    add("--picture-weights", metavar="FILE", help=help)
+    help = "learn from the answers of these weights too (distillation)"
+    add("--teacher", metavar="WEIGHTS", help=help)
+    help = "of the teacher in the loss (0.5)"
+    add("--teacher-share", metavar="SHARE", type=share, help=help)
+    help = "that softens both answers (4)"
+    add("--temperature", metavar="T", type=positive, help=help)
+
+    add = parser.add_argument_group("what is kept").add_argument
+    help = "by which an epoch is the best: accuracy, macro f1 or loss on the validation pictures"
+    add("--metric", choices=METRICS, help=f"{help} (default: accuracy)")
+    help = "weights: best epoch's (default), last one's, or the best and all of them in epochs/"
+    add("--keep", choices=["best", "last", "all"], help=help)
+    help = "stop after so many epochs without a better one"
+    add("--patience", metavar="EPOCHS", type=count, help=help)
+    help = "by how much better, for --patience and plateau"
+    add("--min-delta", metavar="X", type=number(float, 0), default=0.0, help=help)
+    help = "keep a moving average of the weights, of about 1 / (1 - DECAY) steps (0.999)"
+    add("--ema", metavar="DECAY", type=number(float, 0, 0.999999, above=True), help=help)
+
+    add = options.add_running_options(parser)
+    help = "let torch compile the network, which takes a minute, and did not pay on a CPU"
+    add("--compile", action=flag, default=False, help=help)
+    help = "have a GPU compute the same bits every time, as a CPU does: slower"
+    add("--deterministic", action=flag, default=False, help=help)
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output", metavar="DIR", help="run folder (default: runs/<data>-<model>)")
+    help = "steps (500) or time (90s, 5m, 2h) between checkpoints; each epoch ends with one too"
+    add("--save-every", metavar="N", type=interval, default="5m", help=help)
+    help = "go on with this run, with its options (default: the unfinished run with these options)"
+    add("--resume", metavar="RUN", help=help)
+    help = "begin a new run"
+    add("--no-resume", dest="resume", action="store_const", const=False, help=help)
+    help = "steps between two points of the loss curve"
+    add("--log-every", metavar="STEPS", type=count, default=50, help=help)
+    help = "gradients, histograms, feature maps and the graph for TensorBoard; costs up to 5 %%"
+    add("--watch", action=flag, default=False, help=help)
+    return parser
+
+
+def fold(text: str) -> str:
+    """An argparse type: '2/5', as it was written."""
+    part, slash, parts = text.partition("/")
+    if not slash:
+        raise argparse.ArgumentTypeError(f"{text!r} is no fold like 2/5")
+    number(int, 1, number(int, 2)(parts))(part)
+    return text
+
+
+def class_weights(text: str) -> str:
+    """An argparse type: 'balanced' or 'w1,w2,…', as it was written."""
+    if text != "balanced":
+        weights = [number(float, 0)(word) for word in text.split(",")]
+        if not any(weights):
+            raise argparse.ArgumentTypeError("no weight is above 0")
+    return text
+
+
+def complete(parser: options.Parser, typed, argv: list[str] | None, data: str):
+    """All options of a training on a data set: those typed, over those of the set's recipe.
+
+    typed: argv alone, parsed.  Errors: UserError, as settle() and for a network that is unknown.
+    """
+    args = typed
+    if not args.model and not args.config:
+        args = options.parse(parser, argv, recipe=dataset.recipe_for(data))
+    if not args.model:
+        raise UserError(f"--config {args.config} names no model: add one there, or give --model")
+    args.data = data
+    settle(args)
+    network_defaults(args.model)  # a misspelt name ends here, before any download
+    return args
+
+
+def validates(args) -> bool:
+    """Whether there is anything to judge an epoch by."""
+    return bool(args.val or args.fold or args.overfit)
+
+
+def run_name(args) -> str:
+    """The name of a run's folder below runs/."""
+    name = f"{Path(args.data).name}-{args.model.replace('/', '-')}"
+    name += f"-fold-{args.fold.replace('/', '-of-')}" if args.fold else ""
+    return f"{name}-overfit-{args.overfit}" if args.overfit else name
+
+
+def settle(args) -> None:
+    """Refuse what makes no sense together, and set what follows from other options.
+
+    Before anything is read or fetched.  Errors: UserError.
+    """
+    for name in ("pretrained", "teacher", "picture_weights"):  # as it is, wherever one is later
+        path = getattr(args, name)
+        if path and Path(path).exists():
+            setattr(args, name, str(Path(path).resolve()))
+    if args.overfit:
+        _leave_out(args)
+    mixes = [f"--{name}" for name in ("mixup", "cutmix") if getattr(args, name)]
+    soft = mixes + (["--label-smoothing"] if args.label_smoothing else [])
+    by_epochs = args.schedule.partition(":")[0]
+    wants = {
+        "--metric": args.metric,
+        "--patience": args.patience,
+        "--keep best": args.keep == "best",
+        "--schedule plateau": by_epochs == "plateau",
+    }
+    refusals = {
+        f"--loss {args.loss} is for pictures of one class: leave out {' and '.join(soft)}": (
+            args.loss.startswith("focal") and soft
+        ),
+        "--min-delta is for --patience or --schedule plateau": (
+            args.min_delta and not args.patience and by_epochs != "plateau"
+        ),
+        "--nesterov is for --optimizer sgd with a --momentum": (
+            args.nesterov and (args.optimizer != "sgd" or not args.momentum)
+        ),
+        "--freeze-epochs is for --pretrained weights: nothing is learned from random ones": (
+            args.freeze_epochs and not args.pretrained
+        ),
+        "--teacher-share and --temperature are for a --teacher": (
+            (args.teacher_share is not None or args.temperature) and not args.teacher
+        ),
+        "--teacher-share 0 leaves the teacher out: leave out --teacher": (
+            args.teacher and args.teacher_share == 0
+        ),
+        f"--width is of fastnet, not of {args.model}": (
+            args.width and args.model and args.model != "fastnet"
+        ),
+    }
+    for option, given in wants.items():
+        said = f"{option} needs validation pictures: give a --val above 0, or --fold"
+        refusals[said] = given and not validates(args)
+    for said, refused in refusals.items():
+        if refused:
+            raise UserError(said)
+
+
+def _leave_out(args) -> None:
+    """What --overfit is without; the picture weights and the network stay."""
+    for other in ("fold", "limit", "time", "plan", "teacher", "patience", "freeze_epochs"):
+        if getattr(args, other):
+            raise UserError(f"--overfit goes without --{other.replace('_', '-')}")
+    for name in ("erase", "mixup", "cutmix", "dropout", "weight_decay", "l1", "label_smoothing"):
+        setattr(args, name, 0.0)
+    args.augment, args.schedule, args.warmup, args.ema = "none", "constant", "0", None
+    args.epochs = max(args.epochs, MEMORISED)
+    args.batch_size = min(args.batch_size, args.overfit)

@@ -1,0 +1,404 @@
+"""Every option of training does what it says, from train.py's command line on tiny data."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import train
+from accelerate.state import AcceleratorState, GradientState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import checkpoint
+import dataset
+import options
+import sources
+
+measure = importlib.import_module("test")  # scripts/test.py, not the standard library's
+
+TINY = ["--model", "lenet", "--precision", "no", "--workers", "0", "--batch-size", "16"]
+DIGITS = ["--data", "digits", "--limit", "48", "--epochs", "2", *TINY]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def digits(tmp_path_factory):
+    """The digits are made once for this file."""
+    folder = tmp_path_factory.mktemp("data")
+    before, sources.DATA = sources.DATA, folder
+    sources.ensure("digits")
+    sources.DATA = before
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def shared_digits(digits, isolated, monkeypatch):
+    monkeypatch.setattr(sources, "DATA", digits)
+
+
+def call(main, *words):
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    return options.run(main, [str(word) for word in words])
+
+
+def fit(run, *words, status=0):
+    """Train on a few digits into a folder; tensors, header and metrics."""
+    assert call(train.main, *DIGITS, "--output", run, *words) == status
+    tensors, header = checkpoint.load(run / "model.safetensors")
+    return tensors, header, json.loads((run / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, digits):
+    """What training without any of the options ends with."""
+    runs, data = options.RUNS, sources.DATA
+    folder = tmp_path_factory.mktemp("plain")
+    options.RUNS, sources.DATA = folder, digits
+    result = fit(folder / "run")
+    options.RUNS, sources.DATA = runs, data
+    return result
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--optimizer", "sgd", "--nesterov"],
+        ["--optimizer", "adam"],
+        ["--optimizer", "adabelief"],
+        ["--optimizer", "ranger"],
+        ["--optimizer", "muon"],
+        ["--optimizer", "lamb"],
+        ["--optimizer", "adahessian"],
+        ["--l1", "0.001"],
+        ["--weight-decay", "0.5"],
+        ["--clip", "0.1"],
+        ["--schedule", "constant"],
+        ["--schedule", "linear", "--warmup", "2"],
+        ["--schedule", "step:1:0.1"],
+        ["--schedule", "multistep:0.5,1:0.1"],
+        ["--schedule", "restarts:0.5:2"],
+        ["--schedule", "onecycle"],
+        ["--loss", "focal"],
+        ["--loss", "focal:1"],
+        ["--loss", "bce"],
+        ["--loss", "mse"],
+        ["--label-smoothing", "0.1"],
+        ["--class-weights", "1,2,3,4,5,6,7,8,9,10"],
+        ["--augment", "light"],
+        ["--augment", "standard"],
+        ["--augment", "trivial"],
+        ["--augment", "rand"],
+        ["--erase", "0.5"],
+        ["--mixup", "0.4"],
+        ["--cutmix", "1", "--loss", "bce"],
+        ["--mixup", "0.2", "--cutmix", "1", "--accumulate", "2"],
+        ["--dropout", "0.3"],
+        ["--ema", "0.9"],
+        ["--freeze", "conv*"],
+        ["--fold", "2/5"],
+        ["--seed", "1"],
+    ],
+    ids=" ".join,
+)
+def test_each_option(plain, tmp_path, words):
+    """Each one trains, changes the weights, and gives the same bits again from options.yaml."""
+    _, header, metrics = fit(tmp_path / "run", *words)
+    assert header["sha256"] != plain[1]["sha256"]
+    assert all(torch.tensor(e["train_loss"]).isfinite() for e in metrics["epochs"])
+    again = ["--config", tmp_path / "run" / "options.yaml", "--output", tmp_path / "again"]
+    assert call(train.main, *again) == 0
+    path = tmp_path / "again" / "model.safetensors"
+    assert checkpoint.read_header(path)["sha256"] == header["sha256"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--optimizer", "ranger"],
+        ["--optimizer", "adabelief", "--schedule", "onecycle"],
+        ["--optimizer", "adahessian"],
+        ["--augment", "trivial", "--mixup", "0.2", "--dropout", "0.2"],
+        ["--model", "torchvision/mobilenet_v3_small", "--ema", "0.9"],
+        ["--schedule", "plateau:0.1:0", "--patience", "2"],
+        ["--teacher", "teacher.safetensors"],
+    ],
+    ids=" ".join,
+)
+def test_what_was_interrupted_ends_alike(plain, tmp_path, monkeypatch, words):
+    """A run that is stopped in its second epoch, and goes on, ends with the same bits."""
+    monkeypatch.chdir(tmp_path)
+    header = {k: v for k, v in plain[1].items() if k not in ("format", "version", "sha256")}
+    checkpoint.atomic_write(tmp_path / "teacher.safetensors", checkpoint.encode(plain[0], header))
+    words += ["--epochs", "3"]
+    _, whole, _ = fit(tmp_path / "whole", *words)
+    real, steps = train.checkpoint.digest, []
+
+    def stop(state):
+        steps.append(1)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return real(state)
+
+    monkeypatch.setattr(train.checkpoint, "digest", stop)
+    command = [*DIGITS, *words, "--save-every", "2", "--output", tmp_path / "run"]
+    assert call(train.main, *command) == 130
+    monkeypatch.setattr(train.checkpoint, "digest", real)
+    assert call(train.main, *command) == 0
+    again = checkpoint.read_header(tmp_path / "run" / "model.safetensors")
+    assert again["sha256"] == whole["sha256"] and again["digests"] == whole["digests"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--loss", "focal", "--mixup", "0.2"], "--mixup"),
+        (["--loss", "focal", "--cutmix", "1", "--label-smoothing", "0.1"], "--cutmix and --label"),
+        (["--val", "0", "--metric", "f1"], "--metric needs validation"),
+        (["--val", "0", "--patience", "2"], "--patience needs validation"),
+        (["--val", "0", "--keep", "best"], "--keep best needs validation"),
+        (["--val", "0", "--schedule", "plateau"], "--schedule plateau needs validation"),
+        (["--min-delta", "0.1"], "--min-delta is for"),
+        (["--nesterov"], "--nesterov is for"),
+        (["--optimizer", "sgd", "--momentum", "0", "--nesterov"], "--nesterov is for"),
+        (["--freeze-epochs", "1"], "--pretrained"),
+        (["--temperature", "2"], "--teacher"),
+        (["--teacher-share", "0.5"], "--teacher"),
+        (["--teacher", "gone.safetensors"], "gone.safetensors"),
+        (["--pretrained", "gone.safetensors"], "gone.safetensors"),
+        (["--pretrained", "timm"], "lenet"),
+        (["--picture-weights", "gone.csv"], "gone.csv"),
+        (["--fold", "6/5"], "--fold"),
+        (["--fold", "2"], "--fold"),
+        (["--fold", "1/1"], "--fold"),
+        (["--class-weights", "1,2"], "2 numbers for 10 classes"),
+        (["--class-weights", "1,-2"], "--class-weights"),
+        (["--class-weights", "even"], "--class-weights"),
+        (["--limit", "9"], "fewer than there are classes"),
+        (["--overfit", "20", "--limit", "20"], "--overfit"),
+        (["--overfit", "20", "--fold", "1/2"], "--overfit"),
+        (["--overfit", "20", "--time", "9s"], "--overfit"),
+        (["--freeze", "conv9*"], "conv9"),
+        (["--freeze", "*"], "nothing"),
+        (["--optimizer", "sgdd"], "did you mean sgd"),
+        (["--optimizer", "bnbadam"], "--optimizer bnbadam"),
+        (["--schedule", "step"], "step:EPOCHS:0.1"),
+        (["--schedule", "cosin"], "did you mean cosine"),
+        (["--loss", "hinge"], "--loss"),
+        (["--ema", "1"], "--ema"),
+        (["--mixup", "-1"], "--mixup"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_nonsense_ends_in_one_line(words, named, capsys):
+    """What makes no sense is refused with the remedy, status 2, and leaves no run behind."""
+    base = [] if "--limit" in words or "--overfit" in words else ["--limit", "48"]
+    assert call(train.main, "--data", "digits", *base, *TINY, *words) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and len(said.err.splitlines()) == 1
+    assert named in said.err
+    assert not options.RUNS.exists() or not list(options.RUNS.iterdir())
+
+
+def test_accumulation_with_everything(tmp_path):
+    """A batch in parts is the whole batch also with weights, a penalty, mixing and a teacher."""
+    words = ["--optimizer", "sgd", "--lr", "0.1", "--l1", "0.001", "--class-weights", "balanced"]
+    words += ["--mixup", "1", "--erase", "0.5", "--label-smoothing", "0.1"]
+    whole, _, _ = fit(tmp_path / "a", *words)
+    parts, _, _ = fit(tmp_path / "b", *words, "--accumulate", "3")
+    assert max((whole[k] - parts[k]).abs().max() for k in whole) < 1e-5
+
+
+def test_patience_ends_a_run(tmp_path, capsys):
+    """Training stops when that many epochs have not been better, and says so."""
+    words = ["--lr", "1e-9", "--patience", "2", "--epochs", "9", "--min-delta", "0.01"]
+    _, _, metrics = fit(tmp_path / "run", *words)
+    assert len(metrics["epochs"]) == 3 and metrics["summary"]["finished"]
+    assert "stopped early: 2 epochs without" in capsys.readouterr().out
+    words += ["--metric", "loss", "--min-delta", "0", "--lr", "1e-5"]
+    _, _, metrics = fit(tmp_path / "loss", *words)
+    assert len(metrics["epochs"]) == 9  # the loss falls, ever so little
+
+
+def test_plateau_lowers_the_rate(tmp_path):
+    """The rate falls after an epoch that was not better, from the next one on."""
+    words = ["--lr", "1e-9", "--schedule", "plateau:0.1:0", "--epochs", "4"]
+    _, _, metrics = fit(tmp_path / "run", *words)
+    rates = [e["lr"] for e in metrics["epochs"]]
+    assert rates == pytest.approx([1e-9, 1e-9, 1e-10, 1e-11])
+
+
+def test_keep_and_metric(tmp_path):
+    """--keep last and all, and --metric, choose which epoch's weights are left."""
+    words = ["--epochs", "4", "--lr", "0.01"]
+    _, header, metrics = fit(tmp_path / "last", *words, "--keep", "last")
+    assert header["epoch"] == 4 and not (tmp_path / "last" / "epochs").exists()
+    for metric, best in (("loss", min), ("f1", max)):
+        run = tmp_path / metric
+        _, header, metrics = fit(run, *words, "--metric", metric, "--keep", "all")
+        values = [e[f"val_{metric}"] for e in metrics["epochs"]]
+        assert values[header["epoch"] - 1] == best(values)
+        assert len(list((run / "epochs").iterdir())) == 4
+
+
+def test_the_average_is_what_is_validated_and_kept(tmp_path):
+    """With --ema the weights that are kept are the average's, whose figures metrics.json has."""
+    words = ["--lr", "0.004", "--epochs", "4"]
+    _, _, plain = fit(tmp_path / "plain", *words)
+    _, _, averaged = fit(tmp_path / "ema", *words, "--ema", "0.999", "--keep", "last")
+    assert plain["epochs"][0]["train_loss"] == averaged["epochs"][0]["train_loss"]
+    assert plain["epochs"][3]["val_loss"] != averaged["epochs"][3]["val_loss"]
+    model, prepare, _ = checkpoint.load_model(tmp_path / "ema" / "model.safetensors")
+    data = dataset.load("digits", ["val"], limit=48)
+    part = data.splits["val"]
+    with torch.no_grad():
+        logits = model(prepare(part.pixels(torch.arange(len(part)))))
+    loss = torch.nn.functional.cross_entropy(logits, part.labels).item()
+    assert loss == pytest.approx(averaged["epochs"][3]["val_loss"], rel=1e-5)
+
+
+def test_overfit_tells_the_truth(tmp_path, capsys):
+    """A network that can learn pictures by heart does, with status 0; one that cannot, 1."""
+    words = ["--data", "digits", *TINY, "--overfit", "12", "--output"]
+    assert call(train.main, *words, tmp_path / "able", "--augment", "rand") == 0
+    said = capsys.readouterr().out
+    assert "memorised: all 12 pictures" in said and "12 pictures to train on" in said
+    assert (
+        options.parse(
+            train.settings.build_parser(), ["--config", tmp_path / "able" / "options.yaml"]
+        ).augment
+        == "none"
+    )
+    assert call(train.main, *words, tmp_path / "unable", "--lr", "1e-9") == 1
+    assert "not memorised: " in capsys.readouterr().out
+
+
+def test_limit(tmp_path, capsys):
+    """So many pictures are trained on, of all classes; test.py still measures all test pictures."""
+    fit(tmp_path / "run", "--limit", "25", "--epochs", "1")
+    assert "25 pictures to train on, 25 to validate" in capsys.readouterr().out
+    assert call(measure.main, "--weights", tmp_path / "run" / "model.safetensors") == 0
+    report = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
+    assert report["images"] == 360
+
+
+def test_picture_weights(make_folder, tmp_path, capsys):
+    """A weight of 0 leaves a picture out; what a file names wrongly is told with its line."""
+    pictures = make_folder(tmp_path / "pictures", {"train": 6, "val": 2}, size=(12, 12))
+    table = tmp_path / "weights.csv"
+
+    def run(name, text, *words):
+        table.write_text("file,weight\n" + text)
+        words = ["--data", pictures, *TINY, "--epochs", "1", "--output", tmp_path / name, *words]
+        return call(train.main, *words, "--picture-weights", table)
+
+    files = [f"train/{c}/{i}.png" for c in ("ants", "bees") for i in range(6)]
+    weights = "".join(f"{file},{0 if 'ants' in file else 2}\n" for file in files)
+    one = "--batch-size 12 --optimizer sgd --lr 0.5 --momentum 0 --schedule constant".split()
+    assert run("bees", weights + "val/ants/0.png,3\n", *one) == 0
+    # The gradient is that of the bees alone, each weighing as much as two pictures did.
+    torch.manual_seed(0)
+    tensors, header = checkpoint.load(tmp_path / "bees" / "model.safetensors")
+    network = checkpoint.create_model("lenet", **header["model_args"])
+    data = dataset.load(str(pictures), ["train"])
+    part = data.splits["train"]
+    prepare = checkpoint.load_model(tmp_path / "bees" / "model.safetensors")[1]
+    bees = part.labels.nonzero().flatten()
+    loss = torch.nn.functional.cross_entropy(network(prepare(part.pixels(bees))), part.labels[bees])
+    loss.backward()
+    for name, p in network.named_parameters():
+        stepped = p - 0.5 * (p.grad + 0.01 * p * (p.ndim > 1))
+        torch.testing.assert_close(tensors[name], stepped.detach(), rtol=1e-4, atol=1e-6)
+    capsys.readouterr()
+    for text, said in (
+        ("train/ants/9.png,1\n", "line 2: 'train/ants/9.png' is no picture"),
+        ("train/ants/0.png,1\ntrain/ants/1.png,-1\n", "line 3"),
+        ("train/ants/0.png,many\n", "'many' is no weight"),
+        ("".join(f"{file},0\n" for file in files), "above 0"),
+    ):
+        assert run("bad", text) == 2
+        assert said in capsys.readouterr().err
+    table.write_text("picture,weight\n")
+    assert call(train.main, "--data", pictures, *TINY, "--picture-weights", table) == 2
+    assert "columns file and weight" in capsys.readouterr().err
+
+
+def test_fold_with_an_own_val_is_refused(make_folder, tmp_path, capsys):
+    """Folds are of the training pictures: a folder's own val/ would not be one of them."""
+    own = make_folder(tmp_path / "own", {"train": 6, "val": 2})
+    assert call(train.main, "--data", own, *TINY, "--fold", "1/2") == 2
+    assert "val/ of its own" in capsys.readouterr().err
+
+
+def test_pretrained_and_teacher(plain, tmp_path, capsys):
+    """Weights of a run are where the next begins, unchanged at a rate of nothing; a network that
+    learns from them alone comes to their answers.
+    """
+    header = {k: v for k, v in plain[1].items() if k not in ("format", "version", "sha256")}
+    path = tmp_path / "weights.safetensors"
+    checkpoint.atomic_write(path, checkpoint.encode(plain[0], header))
+    words = ["--epochs", "1", "--lr", "1e-30", "--pretrained", path, "--weight-decay", "0"]
+    tensors, after, _ = fit(tmp_path / "same", *words)
+    assert all(torch.equal(tensors[key], plain[0][key]) for key in plain[0])
+    assert after["mean"] == plain[1]["mean"]
+    assert str(path) in capsys.readouterr().out
+    # Only the last layer moves while the others are frozen.
+    tensors, _, _ = fit(tmp_path / "frozen", "--pretrained", path, "--freeze-epochs", "2")
+    moved = {key for key in tensors if not torch.equal(tensors[key], plain[0][key])}
+    assert moved == {"fc3.weight", "fc3.bias"}
+    tensors, _, _ = fit(tmp_path / "released", "--pretrained", path, "--freeze-epochs", "1")
+    moved = {key for key in tensors if not torch.equal(tensors[key], plain[0][key])}
+    assert moved == set(tensors)
+    assert call(train.main, *DIGITS, "--pretrained", path, "--model", "tutorial_cnn") == 2
+    assert "give --model lenet" in capsys.readouterr().err
+
+    words = ["--teacher", path, "--teacher-share", "1", "--seed", "3", "--epochs", "6"]
+    _, _, taught = fit(tmp_path / "taught", *words, "--temperature", "2")
+    losses = [e["train_loss"] for e in taught["epochs"]]
+    assert losses[-1] < 0.5 * losses[0]
+    assert call(train.main, "--data", "digits", *TINY, "--teacher", tmp_path / "x") == 2
+
+
+def test_the_grid_shows_what_is_trained_on(tmp_path):
+    """The first batch's picture in TensorBoard is the augmented and mixed one."""
+    seen = []
+    for words in ([], ["--mixup", "1"], ["--augment", "trivial"]):
+        run = tmp_path / str(len(seen))
+        fit(run, *words, "--epochs", "1")
+        events = EventAccumulator(str(run))
+        events.Reload()
+        seen.append(events.Images("training_pictures")[0].encoded_image_string)
+    assert len(set(seen)) == 3
+
+
+def test_two_processes_take_the_same_steps(make_folder, tmp_path):
+    """Two processes train as one does, also when frozen layers are released in between, with
+    weights, a penalty, an average, and a rate that falls and a run that ends by validation scores.
+    """
+    pictures = make_folder(tmp_path / "odd", {"train": 9, "val": 5}, size=(16, 16))
+    first = ["--data", pictures, *TINY, "--batch-size", "8"]
+    assert call(train.main, *first, "--epochs", "1", "--output", tmp_path / "first") == 0
+    words = [*first, "--pretrained", tmp_path / "first" / "model.safetensors", "--epochs", "9"]
+    words += (
+        "--freeze-epochs 1 --freeze conv1 --optimizer sgd --l1 0.001 --ema 0.9 --keep last".split()
+    )
+    words += "--class-weights 1,3 --schedule plateau:0.5:0 --patience 3 --min-delta 0.02".split()
+    words += "--augment trivial --erase 0.5 --accumulate 2 --lr 0.02 --threads 1".split()
+    results = []
+    for count in (1, 2):
+        run = tmp_path / f"run{count}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count]
+        command += [options.ROOT / "scripts" / "train.py", *words, "--output", run]
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        metrics = json.loads((run / "metrics.json").read_text())
+        results.append((checkpoint.load(run / "model.safetensors")[0], metrics["epochs"]))
+    (one, records), (two, others) = results
+    assert 4 <= len(records) == len(others) < 9
+    assert [r["lr"] for r in records] == [r["lr"] for r in others] and records[-1]["lr"] < 0.02
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+    start = checkpoint.load(tmp_path / "first" / "model.safetensors")[0]
+    assert torch.equal(one["conv1.weight"], start["conv1.weight"])
+    assert not torch.equal(one["conv2.weight"], start["conv2.weight"])

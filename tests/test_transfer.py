@@ -1,0 +1,605 @@
+"""Weights to begin with: found in any file, fitted to the network, parts of it held fixed."""
+
+import argparse
+import copy
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import checkpoint
+import model
+import options
+import sources
+import transfer
+from options import ROOT, OutsideError, UserError
+
+
+def tiny(channels=3, classes=3, seed=0):
+    """images [N, channels, H, W] -> logits [N, classes], by way of conv, bn and fc."""
+    torch.manual_seed(seed)
+    layers = {
+        "conv": nn.Conv2d(channels, 4, 3),
+        "bn": nn.BatchNorm2d(4),
+        "pool": nn.AdaptiveAvgPool2d(1),
+        "flat": nn.Flatten(),
+        "fc": nn.Linear(4, classes),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
+def trained(**arguments):
+    """What tiny() would be after a training: other numbers everywhere, running statistics too."""
+    network = tiny(seed=1, **arguments)
+    for value in network.state_dict().values():
+        value.copy_(torch.rand(value.shape) + 1)
+    return network
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+class Evil:
+    """Writes a file when it is unpickled by an ordinary unpickler."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+# Reading
+
+
+def wrapped(state):
+    """{name: what a training script may have saved}."""
+    network = tiny()
+    adam = torch.optim.Adam(network.parameters())
+    network(torch.rand(2, 3, 8, 8)).sum().backward()
+    adam.step()
+    rest = {"epoch": 3, "optimizer": adam.state_dict(), "args": argparse.Namespace(lr=0.1)}
+    return {
+        "bare": state,
+        "state_dict": {**rest, "state_dict": state},
+        "model": {"model": state, **rest},
+        "net": {"net": state, "acc": 93.0},
+        "ema": {"model_state": {"ema": {"module": state}}, **rest},
+        "parameters": {name: nn.Parameter(v) for name, v in state.items() if v.is_floating_point()},
+    }
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", wrapped(tiny().state_dict()))
+def test_pickles_of_every_kind(tmp_path, kind, legacy):
+    """The network's tensors are found wherever a script put them, an optimizer's never."""
+    state = trained().state_dict()
+    tree = wrapped(state)[kind]
+    path = tmp_path / "weights.pth.tar"
+    torch.save(tree, path, _use_new_zipfile_serialization=not legacy)
+    tensors, header = transfer.read_weights(str(path), "lenet")
+    if kind == "parameters":
+        state = {name: value for name, value in state.items() if name in tree}
+    assert same(tensors, state) and header == {}
+    assert not any(value.requires_grad for value in tensors.values())
+
+
+def test_safetensors_of_others(tmp_path):
+    """A .safetensors that train.py did not write is read, and has no header."""
+    state = trained().state_dict()
+    save_file(state, tmp_path / "x.safetensors", {"format": "pt"})
+    tensors, header = transfer.read_weights(str(tmp_path / "x.safetensors"), "lenet")
+    assert same(tensors, state) and header == {}
+
+
+def test_safetensors_of_ours(tmp_path):
+    """One of ours comes with its header; altered or cut off, it is an error and not foreign."""
+    state = trained().state_dict()
+    path = tmp_path / "model.safetensors"
+    data = checkpoint.encode(state, {"model": "lenet", "classes": ["a", "b"]})
+    path.write_bytes(data)
+    tensors, header = transfer.read_weights(str(path), "lenet")
+    assert same(tensors, state) and header["classes"] == ["a", "b"]
+    for damaged in (data[:-1] + bytes([data[-1] ^ 1]), data[:-1], data[:4], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"model\.safetensors: .*damaged") as caught:
+            transfer.read_weights(str(path), "lenet")
+        assert caught.value.status == 2
+
+
+def test_code_is_refused(tmp_path):
+    """A pickle that would run code runs none; one line names the code and a way out."""
+    path = tmp_path / "evil.pth"
+    for harm in (Evil(tmp_path / "ran"), tiny()):
+        torch.save({"state_dict": tiny().state_dict(), "extra": harm}, path)
+        with pytest.raises(UserError, match=r"evil\.pth: runs code \([\w.]+\).*weights_only") as c:
+            transfer.read_weights(str(path), "lenet")
+        assert "\n" not in str(c.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_no_weights_to_read(tmp_path, suffix):
+    """Missing, a folder, cut off, something else, without tensors: one line that names the file."""
+    path = tmp_path / f"w{suffix}"
+    with pytest.raises(UserError, match=f"w{suffix}: no such file"):
+        transfer.read_weights(str(path), "lenet")
+    with pytest.raises(UserError, match="is a folder"):
+        transfer.read_weights(str(tmp_path), "lenet")
+    torch.save(tiny().state_dict(), path)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"<html>not found</html>", bytes(99), b"\x80\2"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"w{suffix}: cannot be read as weights .*again") as c:
+            transfer.read_weights(str(path), "lenet")
+        assert "\n" not in str(c.value) and c.value.status == 2
+    torch.save({"epoch": 3, "note": ["x", torch.ones(2)]}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth: holds no tensors"):
+        transfer.read_weights(str(tmp_path / "other.pth"), "lenet")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files` by path as the hub does; others are mute, drop the line, or are not there."""
+
+    daemon_threads = True
+
+    def __init__(self, files):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.asked = files, []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        if "mute" in self.path or "test_vit." in self.path:
+            time.sleep(3)
+        if "test_vit" in self.path:
+            return
+        body = self.server.files.get(self.path.partition("?")[0])
+        self.send_response(404 if body is None else 200)
+        self.send_header("Content-Length", str(len(body or b"")))
+        self.send_header("ETag", '"abc"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("X-Error-Code", "EntryNotFound" if body is None else "")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body or b"")
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve({path: content}): a server on this machine."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    servers = []
+
+    def start(files):
+        servers.append(Server(files))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_url(serve, tmp_path):
+    """A URL is fetched once and then read like a file; two of one name do not meet."""
+    files = {}
+    for number in range(2):
+        torch.save({"w": torch.full((2, 2), number)}, tmp_path / "x")
+        files[f"/{number}/w.pth"] = (tmp_path / "x").read_bytes()
+    server = serve(files)
+    for _ in range(2):
+        for number in range(2):
+            url = f"{server.url}/{number}/w.pth?download=true"
+            tensors, header = transfer.read_weights(url, "lenet")
+            assert (tensors["w"] == number).all() and header == {}
+        files["/0/w.pth"] = None  # kept: no longer asked for
+    assert len(server.asked) == 2
+    assert len(list((sources.DATA / "weights").glob("*-w.pth"))) == 2
+    with pytest.raises(OutsideError, match=f"{server.url}/2/w.pth: answers 404"):
+        transfer.read_weights(f"{server.url}/2/w.pth", "lenet")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lenet", "lenet is no network of timm's"),
+        ("torchvision/resnet18", "torchvision/resnet18 is no network of timm's"),
+        ("botnet50ts_256", "no weights of botnet50ts_256"),
+        ("resnet18.no_such_tag", r"no weights of resnet18\.no_such_tag \(did you mean resnet18"),
+    ],
+)
+def test_networks_without_weights_of_timm(name, message):
+    """What timm has no weights for is the user's mistake, and nobody is asked."""
+    with pytest.raises(UserError, match=message) as caught:
+        transfer.read_weights("timm", name)
+    assert caught.value.status == 2
+
+
+HUB = """
+import json, sys, time, torch, transfer
+from options import OutsideError
+transfer.PATIENCE, said = 0.5, {}
+torch.manual_seed(0)
+for _ in range(2):
+    tensors, header = transfer.read_weights("timm", "test_resnet.r160_in1k")
+torch.save([tensors, torch.rand(1)], sys.argv[1])
+for name in ("test_vit", "test_vit2", "test_efficientnet"):
+    started = time.monotonic()
+    try:
+        transfer.read_weights("timm", name)
+    except OutsideError as error:
+        said[name] = [str(error), error.status, time.monotonic() - started]
+print(json.dumps(said))
+"""
+
+
+def test_hub(serve, tmp_path):
+    """timm's weights come from the hub, once; one that does not serve is one line, and soon.
+
+    In a process of its own, for the hub's address is read when its library is imported.
+    """
+    state = timm.create_model("test_resnet").state_dict()
+    save_file(state, tmp_path / "served")
+    path = "/timm/test_resnet.r160_in1k/resolve/main/model.safetensors"
+    server = serve({path: (tmp_path / "served").read_bytes()})
+    hub = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", HUB, str(tmp_path / "read")]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | hub, capture_output=True, text=True, check=True
+    )
+    tensors, drawn = torch.load(tmp_path / "read")
+    assert same(tensors, state)
+    assert [path in asked for asked in server.asked].count(True) <= 3  # HEAD twice, GET once
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(1))  # the generator is as it was
+    said = json.loads(done.stdout)
+    why = {"test_vit": "no answer in 0.5 s", "test_vit2": "disconnected", "test_efficientnet": ""}
+    for name, reason in why.items():
+        line, status, seconds = said[name]
+        assert f"{server.url}/timm/{name}" in line and reason in line and "\n" not in line
+        assert status == 1 and seconds < 2.5
+
+
+# Fitting
+
+
+PREFIXES = "module. model. _orig_mod. module.model. backbone. pretrain_ state/model/".split()
+
+
+@pytest.mark.parametrize("prefix", ["", *PREFIXES])
+def test_prefixes(prefix):
+    """Whatever stands before all names is taken off, and said."""
+    network, state = tiny(), trained().state_dict()
+    named = {prefix + name: value for name, value in state.items()}
+    first, *_ = transfer.fit(network, named, ["fc"], True, "w.pth")
+    assert same(network.state_dict(), state)
+    assert first == "w.pth: 9 of 9 tensors, 135 parameters" + (
+        f", without their prefix {prefix}" if prefix else ""
+    )
+
+
+def test_names_beside_the_prefix():
+    """Names with no prefix are used too; of two for one tensor, the one with the prefix."""
+    network, state = tiny(), trained().state_dict()
+    mixed = {f"net.{k}" if k.startswith(("conv", "bn")) else k: v for k, v in state.items()}
+    mixed["conv.weight"] = torch.zeros(4, 3, 3, 3)
+    lines = transfer.fit(network, mixed, ["fc"], True, "w")
+    assert same(network.state_dict(), state)
+    assert lines[1:] == ["1 not used of the file: conv.weight"]
+
+
+def test_prefix_needs_the_shapes():
+    """Two networks in a file: the one whose shapes agree is taken, whichever comes first."""
+    right, wrong = (
+        trained(),
+        nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 5, 3), fc=nn.Linear(5, 9))),
+    )
+    state = {f"big.{k}": v for k, v in wrong.state_dict().items()}
+    state |= {f"small.{k}": v for k, v in right.state_dict().items()}
+    network = tiny()
+    transfer.fit(network, state, ["fc"], True, "w")
+    assert same(network.state_dict(), right.state_dict())
+
+
+def test_head_stays_new():
+    """Without keep_head the last layer stays new even where its shape agrees; it is said."""
+    network, state = tiny(), trained().state_dict()
+    before = copy.deepcopy(network.state_dict())
+    lines = transfer.fit(network, state, ["fc"], False, "w")
+    after = network.state_dict()
+    for name in after:
+        assert torch.equal(after[name], (before if name.startswith("fc.") else state)[name])
+    assert lines == [
+        "w: 7 of 9 tensors, 120 parameters",
+        "2 new: fc.weight, fc.bias",
+        "2 not used of the file: fc.weight, fc.bias",
+    ]
+    other = trained(classes=7).state_dict()
+    lines = transfer.fit(network, other, ["fc"], True, "w")
+    assert "2 new: fc.weight, fc.bias" in lines
+    assert (
+        "2 skipped for their shapes: fc.weight [7, 4] in the file, [3, 4] here, "
+        "fc.bias [7] in the file, [3] here" in lines
+    )
+
+
+@pytest.mark.parametrize(("before", "now"), [(3, 1), (1, 3), (4, 1), (1, 2)])
+def test_grey_and_colour(before, now):
+    """Adapted to other channels, a network answers to a grey picture as it did before."""
+    old, network = trained(channels=before).eval(), tiny(channels=now)
+    lines = transfer.fit(network, old.state_dict(), ["fc"], True, "w")
+    grey = torch.rand(2, 1, 8, 8)
+    assert torch.allclose(
+        network.eval()(grey.expand(-1, now, -1, -1)), old(grey.expand(-1, before, -1, -1))
+    )
+    assert lines[1] == f"1 reshaped: conv.weight from {before} to {now} input channels"
+
+
+@pytest.mark.parametrize("now", [4, 2, 7])
+def test_other_channels_as_timm_does(now):
+    """From 3 channels to any other number: timm's adapt_input_conv(), in half precision too."""
+    state, network = trained().state_dict(), tiny(channels=now)
+    expected = timm.models.adapt_input_conv(now, state["conv.weight"])
+    transfer.fit(network, state, ["fc"], True, "w")
+    assert torch.allclose(network.conv.weight, expected)
+    transfer.fit(network, {k: v.half() for k, v in state.items()}, ["fc"], True, "w")
+    assert torch.allclose(network.conv.weight, expected, rtol=2e-3)
+
+
+def test_two_convolutions_that_see_the_picture():
+    """Where branches take the picture in parallel, both are adapted; other layers never are."""
+
+    def network(channels, inner):
+        layers = {"a": nn.Conv2d(channels, 4, 3), "b": nn.Conv2d(channels, 4, 1)}
+        return nn.ModuleDict(layers | {"c": nn.Conv2d(inner, 8, 1)})
+
+    there, here = network(3, 4), network(1, 2)
+    lines = transfer.fit(here, there.state_dict(), [], False, "w")
+    assert torch.allclose(here["b"].weight, there["b"].weight.sum(1, keepdim=True))
+    assert lines[1].startswith("2 reshaped: a.weight")
+    assert lines[2] == (
+        "1 skipped for their shapes: c.weight [8, 4, 1, 1] in the file, [8, 2, 1, 1] here"
+    )
+
+
+def test_folded_stem_is_left():
+    """A stem that folds pixels into channels (48 of 3 colours, 16 of one) is not taken apart."""
+    here = nn.Sequential(nn.Conv2d(16, 4, 3), nn.Conv2d(4, 4, 3))
+    there = nn.Sequential(nn.Conv2d(48, 4, 3), nn.Conv2d(4, 4, 3))
+    before = here[0].weight.clone()
+    lines = transfer.fit(here, there.state_dict(), [], False, "w")
+    assert torch.equal(here[0].weight, before) and torch.equal(here[1].weight, there[1].weight)
+    assert "0.weight [4, 48, 3, 3] in the file, [4, 16, 3, 3] here" in lines[1]
+
+
+def test_other_shapes_are_skipped():
+    """A tensor of another shape is left out and named with both shapes; the others are loaded."""
+    network, state = tiny(), trained().state_dict()
+    before = network.bn.weight.clone()
+    state["bn.weight"] = torch.ones(9)
+    lines = transfer.fit(network, state, ["fc"], True, "w")
+    assert torch.equal(network.bn.weight, before)
+    assert torch.equal(network.conv.weight, state["conv.weight"])
+    assert lines[1:] == ["1 skipped for their shapes: bn.weight [9] in the file, [4] here"]
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_types_layout_and_gradients_stay(kind):
+    """Types, channels_last and requires_grad stay the network's; the very parameters are kept."""
+    network = tiny().to(memory_format=torch.channels_last)
+    network.bn.weight.requires_grad = False
+    parameters = dict(network.named_parameters())
+    state = {name: value.to(kind) for name, value in trained().state_dict().items()}
+    transfer.fit(network, state, ["fc"], True, "w")
+    for name, parameter in network.named_parameters():
+        assert parameter is parameters[name]
+        assert parameter.dtype == torch.float32
+        assert parameter.requires_grad == (name != "bn.weight")
+        assert torch.equal(parameter.detach(), state[name].float())
+    assert network.bn.num_batches_tracked.dtype == torch.int64
+    assert network.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_account_of_the_rest():
+    """What the file has too much and what it lacks is counted, and three of each are named."""
+    network, state = tiny(), trained().state_dict()
+    state = {name: value for name, value in state.items() if not name.startswith("bn.")}
+    state |= {f"extra.{number}": torch.ones(3, 3) for number in range(5)}
+    assert transfer.fit(network, state, ["fc"], True, "w")[1:] == [
+        "5 not used of the file: extra.0, extra.1, extra.2 and 2 more",
+        "4 not in the file: bn.weight, bn.bias, bn.running_mean and 1 more",
+    ]
+
+
+@pytest.mark.parametrize("other", ["biases", "names", "head"])
+def test_nothing_fits(other):
+    """With no weights but the head's that fit, one line says what is there and what is needed."""
+    network, state = tiny(), trained().state_dict()
+    state = {
+        "biases": {k: v if v.dim() < 2 else torch.ones(9, 9) for k, v in state.items()},
+        "names": {f"layer{i}.kernel": v for i, v in enumerate(state.values())},
+        "head": {k: v for k, v in state.items() if k.startswith("fc.")},
+    }[other]
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(UserError, match=r"w\.pth: nothing fits") as caught:
+        transfer.fit(network, state, ["fc"], True, "w.pth")
+    line = str(caught.value)
+    assert next(iter(state)) in line and "conv.weight [4, 3, 3, 3]" in line and "\n" not in line
+    assert same(network.state_dict(), before)
+
+
+def test_a_network_of_timms():
+    """With its head's names from model.py, a timm network takes another's body, whole."""
+    old = timm.create_model("test_resnet", num_classes=5)
+    network = model.create_model("test_resnet", 2, channels=1)
+    lines = transfer.fit(network, old.state_dict(), model.head_of(network), False, "w")
+    loaded, state = network.state_dict(), old.state_dict()
+    different = {name for name in state if not torch.equal(loaded[name], state[name])}
+    assert different == {"conv1.0.weight", "fc.weight", "fc.bias"}
+    assert len(lines) == 4 and not any("not in the file" in line for line in lines)
+
+
+# Freezing
+
+
+def free(network):
+    return {name for name, p in network.named_parameters() if p.requires_grad}
+
+
+def test_frozen_epochs():
+    """For N epochs only the head learns and statistics stand; then all does, as it was before."""
+    network = tiny()
+    network.conv.bias.requires_grad = False
+    freezer = transfer.Freezer(network, [], 2, ["fc"])
+    everything = free(network)
+    changes = []
+    for epoch in range(4):
+        changes.append(freezer.update(epoch))
+        freezer.train()
+        assert free(network) == ({"fc.weight", "fc.bias"} if epoch < 2 else everything)
+        before = network.bn.running_mean.clone()
+        network(torch.rand(2, 3, 8, 8)).sum().backward()
+        assert torch.equal(network.bn.running_mean, before) == (epoch < 2)
+        assert network.fc.training and network.training
+    assert changes == [True, False, True, False]
+    assert "conv.bias" not in everything
+
+
+def test_resumed_after_the_frozen_epochs():
+    """A run that goes on later finds everything released, and nothing changed."""
+    network = tiny()
+    freezer = transfer.Freezer(network, [], 2, ["fc"])
+    assert not freezer.update(5)
+    freezer.train()
+    assert len(free(network)) == 6 and network.bn.training
+
+
+@pytest.mark.parametrize(
+    ("patterns", "frozen", "statistics"),
+    [
+        (["conv"], {"conv.weight", "conv.bias"}, False),
+        (["b*"], {"bn.weight", "bn.bias"}, True),
+        (["bn", "conv"], {"conv.weight", "conv.bias", "bn.weight", "bn.bias"}, True),
+        (["*.bias"], {"conv.bias", "bn.bias", "fc.bias"}, False),
+        (["bn.*"], {"bn.weight", "bn.bias"}, False),
+        (["con"], None, None),
+        ([], set(), False),
+    ],
+)
+def test_patterns(patterns, frozen, statistics):
+    """Patterns are of a parameter's own name or of a layer around it, whole; a norm stands only
+    where the layer's name is meant."""
+    network = tiny()
+    if frozen is None:
+        with pytest.raises(UserError):
+            transfer.Freezer(network, patterns, 0, ["fc"])
+        return
+    everything = free(network)
+    freezer = transfer.Freezer(network, patterns, 0, ["fc"])
+    assert freezer.update(0) == bool(frozen)
+    freezer.train()
+    assert everything - free(network) == frozen
+    assert network.bn.training != statistics
+
+
+def test_patterns_outlast_the_frozen_epochs():
+    """What a pattern names stays fixed after the frozen epochs, and in the head too."""
+    network = tiny()
+    freezer = transfer.Freezer(network, ["bn", "fc.bias"], 1, ["fc"])
+    freezer.update(0)
+    assert free(network) == {"fc.weight"}
+    freezer.update(1)
+    freezer.train()
+    assert free(network) == {"fc.weight", "conv.weight", "conv.bias"}
+    assert not network.bn.training
+
+
+def test_norms_are_judged_by_name():
+    """Norms that never train, or have nothing to train, stand with the part that they are in."""
+    network = nn.Sequential(
+        OrderedDict(
+            body=nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Dropout()),
+            extra=nn.InstanceNorm2d(4, track_running_stats=True),
+            fc=nn.Linear(4, 2),
+        )
+    )
+    freezer = transfer.Freezer(network, ["body"], 1, ["fc"])
+    for epoch, standing in ((0, {"body.1", "extra"}), (1, {"body.1"})):
+        freezer.update(epoch)
+        freezer.train()
+        assert {n for n, m in network.named_modules() if not m.training} == standing
+
+
+def test_fastnet_keeps_what_never_learns():
+    """fastnet's whitening and its norms' scale stay fixed through a freeze and its end."""
+    network = model.create_model("fastnet", 10, width=8)
+    never = {name for name, p in network.named_parameters() if not p.requires_grad}
+    freezer = transfer.Freezer(network, [], 1, model.head_of(network))
+    freezer.update(0)
+    freezer.train()
+    assert free(network) == {"head.weight"}
+    assert not any(m.training for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+    freezer.update(1)
+    freezer.train()
+    assert {name for name, p in network.named_parameters() if not p.requires_grad} == never
+    assert all(m.training for m in network.modules())
+
+
+def test_wrong_patterns():
+    """A pattern that meets nothing names what is near and what there is; all frozen is no way."""
+    with pytest.raises(UserError, match=r"--freeze cnov: .*did you mean conv.*has conv, bn, fc"):
+        transfer.Freezer(tiny(), ["cnov"], 0, ["fc"])
+    for patterns in (["*"], ["conv", "bn", "fc"]):
+        with pytest.raises(UserError, match="nothing is left to train; "):
+            transfer.Freezer(tiny(), patterns, 0, ["fc"])
+    with pytest.raises(UserError, match="nothing is left to train, for --freeze-epochs"):
+        transfer.Freezer(tiny(), ["fc"], 1, ["fc"])
+    transfer.Freezer(tiny(), ["pool", "fc"], 0, ["fc"])
+
+
+def test_frozen_parts_do_not_move():
+    """A training step moves what is free and nothing else, weight decay or not."""
+    network = tiny()
+    freezer = transfer.Freezer(network, ["bn"], 1, ["fc"])
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, weight_decay=0.5)
+    for epoch, moving in ((0, {"fc"}), (1, {"fc", "conv"})):
+        freezer.update(epoch)
+        freezer.train()
+        before = copy.deepcopy(network.state_dict())
+        optimizer.zero_grad()
+        network(torch.rand(2, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+        after = network.state_dict()
+        assert {k.split(".")[0] for k in after if not torch.equal(after[k], before[k])} == moving
+
+
+def test_errors_end_a_command_in_one_line(capsys):
+    """The statuses: 2 for what a user can mend, 1 for what failed outside."""
+    argument = "http://127.0.0.1:9/x.pth"
+    assert options.run(lambda _: transfer.read_weights(argument, "lenet")[1:0]) == 1
+    assert options.run(lambda _: transfer.read_weights("nowhere.pth", "lenet")[1:0]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["error", argument],
+        ["error", "--pretrained nowhere.pth"],
+    ]
