@@ -107,11 +107,6 @@ def main(argv=None):
         tensors, loaded = runtime.main_first(
             state, lambda: transfer.read_weights(args.pretrained, args.model)
         )
-    if loaded and loaded["model"] != args.model:
-        raise UserError(
-            f"--pretrained {args.pretrained} is of {loaded['model']}, not of {args.model}: give "
-            f"--model {loaded['model']}"
-        )
     args.width = args.width or loaded.get("model_args", {}).get("width")
     if args.teacher:
         teacher = checkpoint.load_model(args.teacher)
@@ -137,9 +132,9 @@ def main(argv=None):
     if args.overfit:
         data.splits["val"] = data.splits["train"]
     train, val = data.splits["train"], data.splits.get("val")
-    weights, weights_sha256 = dataset.picture_weights(args.picture_weights, args.data, train)
+    importance, importance_sha256 = dataset.picture_weights(args.picture_weights, args.data, train)
     counts = train.labels.bincount(minlength=len(data.classes))
-    weights *= choices.class_weights(args.class_weights, counts)[train.labels]
+    importance *= choices.class_weights(args.class_weights, counts)[train.labels]
     data.to(device)
     if len(train) < 2 * world:
         raise UserError(f"--data {args.data}: {len(train)} training pictures are too few")
@@ -217,7 +212,7 @@ def main(argv=None):
     augment = Augment(
         args.augment, not train.in_memory, args.seed, args.erase, args.mixup, args.cutmix, mean
     )
-    objective = choices.create_objective(args, data, weights.to(device), teacher, accelerator)
+    objective = choices.create_objective(args, data, importance.to(device), teacher, accelerator)
     schedule = choices.Schedule(args.schedule, args.warmup, len(train_loader), args.min_delta)
     second_order = {"create_graph": True} if getattr(optimizer, "is_second_order", False) else {}
     penalty = choices.l1_penalty(model, args.l1)
@@ -236,7 +231,7 @@ def main(argv=None):
     at.sums, at.losses, at.images, at.logged = torch.zeros(3), torch.zeros(world, 3), 0, 0
     at.best, at.best_score, at.train_seconds, at.ended = None, None, 0.0, ""
     at.marks, at.width = plan.marks, width
-    inputs = {"pictures": data.sha256, "picture weights": weights_sha256}
+    inputs = {"pictures": data.sha256, "picture weights": importance_sha256}
     inputs |= {"teacher": teacher and teacher[2]["sha256"]}
     networks = {"model": plain} | ({"average": judged} if averaged else {})
     if newest:
@@ -282,11 +277,23 @@ def main(argv=None):
         content = recovery.capture(at, inputs, networks, optimizer, accelerator)
         saver.save(at.step, content, last)
 
-    def complain(loss: float) -> None:
-        """End a run whose loss is no number; the step is the first one whose loss was not."""
-        step = min(at.step, at.logged + int(finite / world) + 1)
+    def complain(loss: float, step: int) -> None:
+        """End a run whose loss is no number since step `step`."""
         kept = run / "model.safetensors" if saver.kept else ""
         raise UserError(explosion(loss, at.epoch + 1, step, rate(step - 1), gradient, kept))
+
+    def tally(log: bool) -> None:
+        """Read back what was counted since `logged`, over all processes; log it, and begin anew."""
+        loss, hits, finite = accelerator.reduce(losses).tolist()
+        if not math.isfinite(loss):
+            complain(loss, at.logged + int(finite / world) + 1)
+        if log:
+            if is_main:
+                curves.add("scalar", "train_loss", loss / at.images, at.step)
+                curves.add("scalar", "learning_rate", rate(at.step - 1), at.step)
+            at.sums += torch.tensor([loss, hits, at.images])
+            losses.zero_()
+            at.images, at.logged = 0, at.step
 
     began, gradient = time.perf_counter() - at.seconds, None
     epochs = "" if args.time or args.plan else f"/{args.epochs}"
@@ -358,16 +365,7 @@ def main(argv=None):
                 is_due = interrupts.agree(saver.is_late()) or saver.is_due(at.step)
                 ends = at.batch == len(train_loader) or at.step == plan.total
                 if look or ends or is_due or interrupts.stop:
-                    loss, hits, finite = accelerator.reduce(losses).tolist()
-                    if not math.isfinite(loss):
-                        complain(loss)
-                if at.step % args.log_every == 0 or ends:
-                    if is_main:
-                        curves.add("scalar", "train_loss", loss / at.images, at.step)
-                        curves.add("scalar", "learning_rate", rate(at.step - 1), at.step)
-                    at.sums += torch.tensor([loss, hits, at.images])
-                    losses.zero_()
-                    at.images, at.logged = 0, at.step
+                    tally(log=ends or at.step % args.log_every == 0)
                 if ends:
                     at.train_seconds = time.perf_counter() - began
                 if ends or interrupts.stop:
@@ -400,7 +398,7 @@ def main(argv=None):
                 record |= {"val_loss": result["loss"], "val_accuracy": result["top1"]}
                 record["val_f1"] = result["macro_f1"]
                 if not math.isfinite(result["loss"]):  # the last step was one too many
-                    complain(result["loss"])
+                    complain(result["loss"], at.step)
                 scores.append(score(record, args.metric))
             at.history.append(record)
 

@@ -12,7 +12,7 @@ from PIL import Image
 import dataset
 import images as pictures
 import sources
-from dataset import Batches, Data, Split, load, on_device, stratified
+from dataset import Batches, Data, Split, folds, load, on_device, stratified
 from folders import list_folder, natural
 from images import UnreadableImage
 from options import UserError
@@ -129,6 +129,56 @@ def test_stratified():
     torch.manual_seed(9)
     assert torch.equal(stratified(labels, 0.1), marked)
     assert not stratified(labels, 0).any()
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10])
+def test_folds(count):
+    """Each picture is in one fold; sizes differ by 1 at most, and so does each class in them."""
+    labels = torch.randperm(397, generator=torch.Generator().manual_seed(1)) % 7
+    labels[labels > 4] = 0
+    parts = folds(labels, count)
+    assert parts.min() == 0 and parts.max() == count - 1
+    for these in [parts, *(parts[labels == label] for label in labels.unique())]:
+        sizes = these.bincount(minlength=count)
+        assert sizes.max() - sizes.min() <= 1
+    assert torch.equal(parts, folds(labels, count))
+
+
+def test_folds_of_data(tmp_path, make_folder):
+    """Training and validation pictures of each fold are the whole, and all folds' cover it once;
+    of a folder of classes only, the test pictures are in none.
+    """
+    divided = make_folder(tmp_path / "divided", {"train": 9, "test": 3})
+    undivided = make_folder(tmp_path / "undivided", {"": 40})
+    for name, test in (("digits", 360), (str(divided), 6), (str(undivided), None)):
+        seen = Counter()
+        for k in range(1, 4):
+            data = load(name, ["train", "val", "test"], fold=f"{k}/3")
+            parts = [set(data.splits[split].names) for split in ("train", "val")]
+            assert not parts[0] & parts[1]
+            seen.update(parts[1])
+            everything = parts[0] | parts[1]
+            assert test in (None, len(data.splits["test"]))
+            assert not everything & set(data.splits["test"].names) or name == "digits"
+        assert set(seen) == everything and set(seen.values()) == {1}
+    with pytest.raises(UserError, match="9 pictures, too few for 10 folds"):
+        load(str(divided), ["train", "val"], fold="1/10")
+
+
+@pytest.mark.parametrize("limit", [5, 12, 50, 99])
+def test_limit(tmp_path, make_folder, limit):
+    """So many pictures, each class by its share and at least one of it, in their usual order."""
+    root = make_folder(tmp_path / "f", {"train": 40, "val": 3}, classes=("a", "b"))
+    make_folder(root, {"train": 2, "val": 3}, classes=("c",))
+    data = load(str(root), ["train", "val"], limit=limit)
+    train, val = data.splits["train"], data.splits["val"]
+    assert len(train) == min(limit, 82) and len(val) == min(limit, 9)
+    counts = train.labels.bincount(minlength=3)
+    assert abs(counts[0] - counts[1]) <= 1 and counts[2] >= 1
+    whole = load(str(root), ["train"]).splits["train"].names
+    assert train.names == [name for name in whole if name in set(train.names)]
+    with pytest.raises(UserError, match="2 pictures are fewer"):
+        load(str(root), ["train"], limit=2)
 
 
 def test_missing_class(tmp_path, make_folder):

@@ -243,3 +243,42 @@ def test_fastnet_takes_any_size_and_width(side):
     assert network.input_size == (side, side)
     assert network.blocks[0].conv1.out_channels == 16
     assert network(torch.rand(2, 3, side, side)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("fastnet", ["head"]),
+        ("lenet", ["fc3"]),
+        ("tutorial_cnn", ["8"]),
+        ("resnet10t", ["fc"]),
+        ("mobilenetv3_small_050", ["classifier"]),
+        ("deit_tiny_distilled_patch16_224", ["head", "head_dist"]),
+        ("torchvision/squeezenet1_0", ["classifier.1"]),
+        ("torchvision/mobilenet_v3_small", ["classifier.3"]),
+    ],
+)
+def test_head(name, head):
+    """The last layers are found by name, and their outputs are the classes'."""
+    network = model.create_model(name, 7, 3, (224, 224) if "deit" in name else (32, 32))
+    assert model.head_of(network) == head
+    assert all(next(network.get_submodule(h).parameters()).shape[0] == 7 for h in head)
+
+
+def test_dropout():
+    """What the last layer is fed loses its share in training, and nothing in evaluation; no name
+    of a parameter changes.
+    """
+    torch.manual_seed(0)
+    network, images = model.create_model("lenet", 3), torch.randn(4, 3, 32, 32)
+    names, before = list(network.state_dict()), network.eval()(images)
+    model.add_dropout(network, 0.5)
+    fed = []
+    network.fc3.register_forward_pre_hook(lambda layer, inputs: fed.append(inputs[0]))
+    assert list(network.state_dict()) == names
+    assert torch.equal(network(images), before)
+    network.train()(images)
+    plain, dropped = fed
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], 2 * plain[kept])
+    assert 0.3 < (kept & (plain > 0)).sum() / (plain > 0).sum() < 0.7

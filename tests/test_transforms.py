@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from transforms import Prepare, augment, channel_statistics, uniform, views
+from transforms import AUGMENTATIONS, Augment, Prepare, augment, channel_statistics, uniform, views
 
 
 def pictures(count, channels=3, height=28, width=28):
@@ -148,6 +148,78 @@ def test_augment_takes_tiny_pictures(size):
     """A picture of one pixel or one line is augmented too."""
     images = pictures(8, 1, *size)
     assert augment(images, "standard", False, 0, 0, torch.arange(8)).shape == images.shape
+
+
+MIXES = [
+    {"kind": kind, "erase": erase, "mixup": mixup, "cutmix": cutmix}
+    for kind, erase, mixup, cutmix in [
+        *((kind, 0.0, 0.0, 0.0) for kind in AUGMENTATIONS),
+        ("none", 0.7, 0.0, 0.0),
+        ("none", 0.0, 0.5, 0.0),
+        ("none", 0.0, 0.0, 1.0),
+        ("rand", 0.5, 0.2, 1.0),
+    ]
+]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("decoded", [False, True])
+@pytest.mark.parametrize("changes", MIXES, ids=lambda c: " ".join(map(str, c.values())))
+def test_every_augmentation_is_keyed(changes, decoded, channels):
+    """Batches of 8 bits of any kind follow from seed, epoch and indices, and from nothing else;
+    another epoch, or another seed, gives others.
+    """
+    torch.manual_seed(3)
+    images = torch.randint(0, 256, (12, channels, 20, 16), dtype=torch.uint8)
+    targets, index = torch.eye(12), torch.arange(12) * 5
+    make = Augment(decoded=decoded, seed=7, fill=[0.4] * channels, **changes)
+    one, mixed = make(images, targets, 2, index)
+    assert one.dtype == torch.uint8 and one.shape == images.shape
+    torch.testing.assert_close(mixed.sum(1), torch.ones(12))
+    torch.rand(5)
+    again, same = make(images, targets, 2, index)
+    assert torch.equal(one, again) and torch.equal(mixed, same)
+    random = changes["kind"] != "none" or any(list(changes.values())[1:])
+    other, _ = make(images, targets, 3, index)
+    seeded, _ = Augment(decoded=decoded, seed=8, fill=[0.4] * channels, **changes)(
+        images, targets, 2, index
+    )
+    assert torch.equal(one, images) == (not random) or decoded
+    assert torch.equal(one, other) == (not random) or decoded
+    assert torch.equal(one, seeded) == (not random) or decoded
+    if not changes["mixup"] and not changes["cutmix"]:  # a picture's change is its own
+        few, _ = make(images[3:5], targets[3:5], 2, index[3:5])
+        assert torch.equal(few, one[3:5])
+
+
+def test_erasing():
+    """The share of the pictures that lose a rectangle, which shows the fill."""
+    images = torch.full((400, 3, 16, 16), 200, dtype=torch.uint8)
+    make = Augment("none", False, 0, erase=0.3, fill=[0.1, 0.2, 0.3])
+    erased, _ = make(images, torch.eye(400), 0, torch.arange(400))
+    hit = (erased != images).any(1)  # [400, 16, 16]
+    share = hit.any(2).any(1).float().mean().item()
+    assert 0.2 < share < 0.4
+    for picture, mask in zip(erased, hit, strict=True):
+        if mask.any():
+            assert (picture[:, mask] == torch.tensor([[26], [51], [76]])).all()
+            rows, columns = mask.any(1), mask.any(0)
+            assert torch.equal(mask, rows[:, None] & columns)
+
+
+def test_mixing_is_told_by_the_targets():
+    """Each picture is what its targets say: so much of one picture, and the rest of another."""
+    values = torch.arange(8) * 30
+    images = values.to(torch.uint8)[:, None, None, None].expand(8, 1, 20, 20).contiguous()
+    for kind in ("mixup", "cutmix"):
+        make = Augment("none", False, 5, **{kind: 1.0})
+        for epoch in range(5):
+            mixed, targets = make(images, torch.eye(8), epoch, torch.arange(8))
+            told = targets @ values.float()
+            torch.testing.assert_close(mixed.float().mean((1, 2, 3)), told, atol=0.51, rtol=0)
+            assert (targets > 0).sum(1).max() <= 2
+        if kind == "cutmix":
+            assert set(mixed.unique().tolist()) <= set(values.tolist())
 
 
 def test_prepare():
