@@ -323,7 +323,7 @@ def load(
         kept = _first(torch.tensor([label for _, label in rows[split]]), limit, name)
         rows[split] = [rows[split][i] for i in kept.tolist()]
     # Whoever trains learns of every broken file now, those that test.py would meet included.
-    looked_at = rows if "train" in wanted else wanted
+    looked_at = rows if "train" in wanted and not limit else wanted
     files = sorted({file for split in looked_at for file, _ in rows.get(split, [])})
     checked, broken, array = pictures.inspect_images(
         files, SMALL, sources.DATA / "inspected.json", workers

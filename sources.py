@@ -147,7 +147,7 @@ def ensure(name: str, source: str | None = None, patience: float = 30.0) -> Path
     if _is_complete(folder):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with alone(folder):
         if _is_complete(folder):  # another process was faster
             return folder
         if spec["kind"] == "digits":
@@ -185,7 +185,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path):
+def alone(folder: Path):
     """One process at a time; the lock goes with the process that held it."""
     with open(folder / ".lock", "w") as lock:
         if fcntl:

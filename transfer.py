@@ -39,14 +39,20 @@ def read_weights(source: str, model: str) -> tuple[dict[str, Tensor], dict]:
     a file: .safetensors, or what torch.save() wrote.  Names are the file's own.  The header is {}
     for the weights of others.
 
-    Errors: UserError for a file that is missing, damaged, without tensors or in need of code, and
-    for a network that timm has no weights of; OutsideError where the network does not serve.
+    Errors: UserError for a file that is missing, damaged, without tensors, in need of code or, by
+    its header, of another network, and for a network that timm has no weights of; OutsideError
+    where the source does not serve.
     """
     if source == "timm":
         return _from_timm(model), {}
-    if source.startswith(("http://", "https://")):
-        return _read_file(_from_url(source))
-    return _read_file(Path(source).expanduser())
+    url = source.startswith(("http://", "https://"))
+    tensors, header = _read_file(_from_url(source) if url else Path(source).expanduser())
+    if header and header["model"].partition(".")[0] != model.partition(".")[0]:
+        raise UserError(
+            f"--pretrained {source} is of {header['model']}, not of {model}: give "
+            f"--model {header['model']}"
+        )
+    return tensors, header
 
 
 def _from_timm(model: str) -> dict[str, Tensor]:
@@ -71,14 +77,17 @@ def _from_hub(repository: str) -> Path:
 
     Errors: OutsideError.
     """
-    from huggingface_hub import file_exists, hf_hub_download, hf_hub_url
+    from huggingface_hub import constants, file_exists, hf_hub_download, hf_hub_url
     from huggingface_hub.utils import EntryNotFoundError
 
     for file in HUB_FILES:
         with contextlib.suppress(EntryNotFoundError):
             return Path(hf_hub_download(repository, file, local_files_only=True))
-    # hf_hub_download() tries a host that does not answer for a quarter of an hour, and a look-up of
-    # its name can hang: so it is asked once before, in a thread that is never waited for.
+    # The hub's faster protocol still waited after ten minutes for a server that did not answer, as
+    # behind a firewall; plain https gives up a transfer that stalls after about one.
+    constants.HF_HUB_DISABLE_XET = True
+    # hf_hub_download() tries a host that does not answer for 13 minutes, and a look-up of its name
+    # can hang: so it is asked once before, in a thread that is never waited for.
     replies = queue.Queue()
 
     def ask():
@@ -105,7 +114,7 @@ def _from_url(url: str) -> Path:
     """The file that a URL names, fetched once."""
     folder = sources.DATA / "weights"
     folder.mkdir(parents=True, exist_ok=True)
-    with sources._alone(folder):  # two trainings would append to the same part
+    with sources.alone(folder):  # two trainings would append to the same part
         return fetch.download_file(url, folder)
 
 
@@ -225,7 +234,7 @@ def _prefix(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> str:
             if start == 0 or not name[start - 1].isalnum():
                 known = own.get(name[start:])
                 votes[name[:start]] += known is not None and known.shape == value.shape
-    return max(votes, key=lambda prefix: (votes[prefix], -len(prefix)), default="")
+    return max(votes, key=votes.get, default="")  # of equals the first: plain names
 
 
 def _channels(value: Tensor, needed: Tensor) -> tuple[int, int] | None:

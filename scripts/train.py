@@ -267,7 +267,8 @@ def main(argv=None):
         from watch import Watch
 
         pixels, _, _ = dataset.Pictures(train, data)[0, list(range(min(32, len(train))))]
-        watch = Watch(plain, curves, prepare(pixels.to(device)))
+        shown = prepare(pixels.to(device))
+        watch = Watch(plain, curves, shown, say=tqdm.write, scaler=accelerator.scaler)
 
     def rate(step: int) -> float:
         return args.lr * schedule.factor(step, *plan.at(step), scores)

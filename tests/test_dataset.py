@@ -605,3 +605,12 @@ def test_a_damaged_set_says_how_to_mend_it():
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match="remove it"):
         load("digits", ["train"])
+
+
+def test_a_quick_look_reads_few_files(tmp_path, make_folder, monkeypatch):
+    """With a limit only the pictures that are used are decoded."""
+    root, read = make_folder(tmp_path / "f", {"train": 30, "val": 20, "test": 9}), []
+    real = pictures.inspect_image
+    monkeypatch.setattr(pictures, "inspect_image", lambda *a: read.append(a) or real(*a))
+    load(str(root), ["train", "val"], limit=5)
+    assert len(read) == 10

@@ -8,6 +8,7 @@ import http.server
 import io
 import json
 import pickle
+import re
 import socket
 import struct
 import tarfile
@@ -372,6 +373,69 @@ def test_a_mute_source_does_not_hold_up_the_others(serve):
         started = time.monotonic()
         check(sources.ensure("tiny", patience=10))
         assert time.monotonic() - started < 5
+
+
+@pytest.fixture
+def one_file(tmp_path):
+    """(server, URL, folder): 100 kB under a name with torch.hub's hash."""
+    body = np.random.default_rng(0).bytes(100_000)
+    name = f"net-{hashlib.sha256(body).hexdigest()[:8]}.pth"
+    server = Server({name: body})
+    yield server, server.base + name, tmp_path
+    server.shutdown()
+    server.server_close()
+
+
+def test_one_file(one_file, monkeypatch):
+    """A file is fetched once; the second call asks nobody."""
+    server, url, folder = one_file
+    path = fetch.download_file(url, folder)
+    assert path.read_bytes() in server.files.values() and path.name.endswith("-" + url[-16:])
+    monkeypatch.setattr(fetch.OPENER, "open", None)
+    assert fetch.download_file(url, folder) == path
+    assert list(folder.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("how", ["cut", "stall"])
+def test_one_file_goes_on(one_file, how):
+    """A line that breaks off or falls silent is asked again while it brings something.
+
+    Until it is whole nothing has the final name, and a later call goes on where this one ended.
+    """
+    server, url, folder = one_file
+    if how == "stall":
+        server.files[url.rpartition("/")[2]] = next(iter(server.files.values()))[:4]
+    server.how = how
+    with pytest.raises(OutsideError, match=f"{url}: (cut off|no byte)") as caught:
+        fetch.download_file(url, folder)
+    assert "\n" not in str(caught.value) and caught.value.status == 1
+    (part,) = folder.iterdir()
+    assert part.suffix == ".part"
+    body = np.random.default_rng(0).bytes(100_000)
+    server.files, server.how = {url.rpartition("/")[2]: body}, "well"
+    have = part.stat().st_size
+    assert fetch.download_file(url, folder).read_bytes() == body
+    assert server.ranges[-1] == f"bytes={have}-" and have
+    assert len(server.ranges) > 2
+
+
+@pytest.mark.parametrize(
+    ("how", "answer"), [("wrong", "wrong bytes"), (404, "answers 404"), (403, "answers 403")]
+)
+def test_one_file_that_is_not_there(one_file, how, answer):
+    """A refusal, or other bytes than the name's hash says: one line, and nothing is left."""
+    server, url, folder = one_file
+    server.how = how
+    with pytest.raises(OutsideError, match=f"{url}: {answer}"):
+        fetch.download_file(url, folder)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["http://[x/y.pth", "https://no-such-host.invalid/y", "http:///é"])
+def test_urls_that_are_none(url, tmp_path):
+    """What is no URL, or names no host, is one line as well."""
+    with pytest.raises(OutsideError, match=re.escape(url)):
+        fetch.download_file(url, tmp_path)
 
 
 def test_no_downgrade_to_http():

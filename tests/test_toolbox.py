@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import statistics
 import subprocess
 import sys
 
+import folds
 import pytest
 import torch
 import train
@@ -249,14 +251,14 @@ def test_the_average_is_what_is_validated_and_kept(tmp_path, precision):
     _, _, plain = fit(tmp_path / "plain", *words)
     _, _, averaged = fit(tmp_path / "ema", *words, "--ema", "0.999", "--keep", "last")
     assert plain["epochs"][0]["train_loss"] == averaged["epochs"][0]["train_loss"]
-    assert plain["epochs"][3]["val_loss"] < 0.95 * averaged["epochs"][3]["val_loss"]  # behind
+    assert plain["epochs"][3]["val_loss"] < 0.98 * averaged["epochs"][3]["val_loss"]  # behind
     model, prepare, _ = checkpoint.load_model(tmp_path / "ema" / "model.safetensors")
     data = dataset.load("digits", ["val"], limit=48)
     part = data.splits["val"]
     with torch.no_grad():
         logits = model(prepare(part.pixels(torch.arange(len(part)))))
     loss = torch.nn.functional.cross_entropy(logits, part.labels).item()
-    error = 1e-5 if precision == "no" else 0.01
+    error = 1e-5 if precision == "no" else 0.004
     assert loss == pytest.approx(averaged["epochs"][3]["val_loss"], rel=error)
 
 
@@ -404,3 +406,34 @@ def test_two_processes_take_the_same_steps(make_folder, tmp_path):
     start = checkpoint.load(tmp_path / "first" / "model.safetensors")[0]
     assert torch.equal(one["conv1.weight"], start["conv1.weight"])
     assert not torch.equal(one["conv2.weight"], start["conv2.weight"])
+
+
+def test_folds(tmp_path, monkeypatch, capsys):
+    """Every fold is trained once; the figures are the mean and deviation of what each reached on
+    its own part; a fold that was interrupted goes on, and finished ones are not repeated.
+    """
+    trained = []
+
+    def stand_in(words, processes):
+        trained.append(words[words.index("--fold") + 1])
+        if len(trained) == 2:
+            return 143
+        return call(train.main, *words)
+
+    monkeypatch.setattr(folds.launch, "train", stand_in)
+    out = tmp_path / "folds"
+    command = ["--folds", "3", "--output", out, *DIGITS]
+    assert call(folds.main, *command) == 143
+    assert call(folds.main, *command) == 0
+    assert trained == ["1/3", "2/3", "2/3", "3/3"]
+    said = capsys.readouterr().out
+    runs = [json.loads((out / f"fold-{k}" / "metrics.json").read_text()) for k in (1, 2, 3)]
+    values = [run["summary"]["val_accuracy"] for run in runs]
+    assert values == [max(e["val_accuracy"] for e in run["epochs"]) for run in runs]
+    mean, std = statistics.mean(values), statistics.stdev(values)
+    assert f"accuracy {mean:.2%} ± {std:.2%}" in said
+    table = json.loads((out / "folds.json").read_text())["val_accuracy"]
+    assert table == {"folds": values, "mean": mean, "std": std}
+    for words, named in ((["--fold", "1/2"], "--fold"), (["--lrr", "1"], "did you mean --lr")):
+        assert call(folds.main, *command, *words) == 2
+        assert named in capsys.readouterr().err
