@@ -1,4 +1,4 @@
-"""What is chosen by name: the optimizer, the schedule of its learning rate, and the loss.
+"""What is chosen by name: the optimizer, the schedule of its learning rate, and the objective.
 
 python scripts/train.py --optimizer ranger --schedule restarts:5:2 --loss focal:2
 """
@@ -8,8 +8,8 @@ from argparse import ArgumentTypeError
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from losses import Objective
 from model import head_of
 from options import UserError, nearest, number
 
@@ -34,7 +34,6 @@ SCHEDULES = {
     "plateau": (0.1, 3),
     "onecycle": (),
 }
-LOSSES = ("cross-entropy", "focal", "bce", "mse")
 
 
 def optimizer_name(text: str) -> str:
@@ -268,104 +267,6 @@ def stale(scores: list[float], min_delta: float = 0.0) -> int:
         if score > best + min_delta:
             best, waited = score, 0
     return waited
-
-
-def loss_name(text: str) -> str:
-    """An argparse type: a name of LOSSES, focal with its gamma, as it was written."""
-    name, colon, gamma = text.partition(":")
-    if name not in LOSSES or (colon and name != "focal"):
-        raise ArgumentTypeError(f"no loss {text!r}{nearest(name, LOSSES)}: {', '.join(LOSSES)}")
-    if colon:
-        number(float, 0)(gamma)
-    return text
-
-
-def losses(text: str, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The loss of each picture, [N], by a name that loss_name() takes.
-
-    logits [N, C], targets [N, C] float, whose rows are shares that sum to 1.  smoothing: share of
-    them that is spread over all classes.
-
-        cross-entropy   of the shares
-        focal:G         cross-entropy of the largest share's class, times (1 - its probability)^G
-                        (2; Lin et al. 2017, arXiv:1708.02002, for many classes)
-        bce             binary cross-entropy of each class against all others, their mean
-                        (Wightman et al. 2021, arXiv:2110.00476)
-        mse             squared difference of probabilities (softmax) and shares, mean over classes
-                        (Brier 1950, Monthly Weather Review 78)
-    """
-    name, _, gamma = text.partition(":")
-    if name == "cross-entropy":
-        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-    if name == "focal":
-        log = logits.log_softmax(1).gather(1, targets.argmax(1, keepdim=True))[:, 0]
-        # expm1 keeps 1 - p exact near p = 1, where an exponent below 1 has no slope at 0.
-        return -log * (-torch.expm1(log)).clamp(min=1e-12) ** float(gamma or 2)
-    targets = (1 - smoothing) * targets + smoothing / targets.shape[1]
-    if name == "bce":
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
-    return (logits.softmax(1) - targets).square().mean(1)
-
-
-def distillation(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
-    """How far a network is from its teacher, [N]: both logits [N, C].
-
-    The divergence of the softened probabilities, times temperature² so that gradients keep their
-    size (Hinton, Vinyals, Dean 2015, arXiv:1503.02531).
-    """
-    ours, theirs = ((x / temperature).log_softmax(1) for x in (logits, taught))
-    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1) * temperature**2
-
-
-def class_weights(text: str | None, counts: Tensor) -> Tensor:
-    """The weight of each class, float [C]: 1, "balanced" (N / (C · count), as scikit-learn has it),
-    or the numbers in "w1,w2,…".
-
-    counts int64 [C]: training pictures of each class.  Errors: UserError for as many as do not fit.
-    """
-    if text == "balanced":
-        return counts.sum() / (len(counts) * counts.float())
-    if text is None:
-        return torch.ones(len(counts))
-    weights = torch.tensor([float(word) for word in text.split(",")])
-    if len(weights) != len(counts):
-        raise UserError(
-            f"--class-weights: {len(weights)} numbers for {len(counts)} classes (in their order)"
-        )
-    return weights
-
-
-class Objective:
-    """What training minimises: the loss of each picture, times the picture's weight.
-
-    weights float [N]: of each training picture; they are scaled to a mean of 1, so that a learning
-    rate keeps its meaning.  teacher: a function from uint8 pictures [B, C, H, W] to logits.
-    share: of the teacher in the loss.
-    """
-
-    def __init__(
-        self, loss, classes, weights, smoothing=0.0, teacher=None, share=0.0, temperature=1.0
-    ):
-        self.loss, self.classes, self.smoothing = loss, classes, smoothing
-        self.weights = weights / weights.mean()
-        self.teacher, self.share, self.temperature = teacher, share, temperature
-
-    def targets(self, labels: Tensor, index: Tensor) -> Tensor:
-        """Each picture's weight at its class, float [B, C]; labels, index int64 [B].
-
-        Augmentation may mix the rows of several pictures.
-        """
-        return F.one_hot(labels, self.classes) * self.weights[index, None]
-
-    def __call__(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
-        """The sum over a batch.  logits [B, C] of uint8 images [B, ?, H, W]; targets [B, C]."""
-        weights = targets.sum(1)
-        shares = targets / weights.clamp(min=torch.finfo(weights.dtype).tiny)[:, None]
-        each = losses(self.loss, logits, shares, self.smoothing)
-        if self.teacher:
-            taught = distillation(logits, self.teacher(images), self.temperature)
-            each = (1 - self.share) * each + self.share * taught
-        return (weights * each).sum()
 
 
 def create_objective(args, data, weights: Tensor, teacher: tuple | None, accelerator) -> Objective:

@@ -8,9 +8,7 @@ of the same loader as uint8 batches.  Nothing random depends on a worker, a proc
 generator: it is a function of the seed, the epoch and the picture's index.
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
 from collections import Counter
@@ -25,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 import images as pictures
 import sources
+from divide import first, kept_away
 from folders import find_folder, is_divided, is_small, list_folder
 from interrupts import ignore_signals
 from options import OutsideError, UserError, nearest
@@ -197,45 +196,6 @@ def on_device(loader: DataLoader, device: torch.device):
         yield tuple(part.to(device, non_blocking=not wait) for part in batch)
 
 
-def picture_weights(path: str | None, name: str, split: Split) -> tuple[Tensor, str]:
-    """The weight of each picture of a split in the loss, float [N], and the file's SHA-256.
-
-    path: a CSV file with the columns file (below the data folder; in a named set the picture's
-    number) and weight (at least 0); pictures that it does not name weigh 1.  None: all do.
-    Errors: UserError for such a file, a line of it, or a picture that does not exist.
-    """
-    weights = torch.ones(len(split))
-    if not path:
-        return weights, ""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise UserError(f"--picture-weights {path}: cannot be read ({reason})") from error
-    rows = csv.DictReader(io.StringIO(text))
-    if not {"file", "weight"} <= set(rows.fieldnames or ()):
-        raise UserError(f"--picture-weights {path}: has no columns file and weight")
-    place = {file: i for i, file in enumerate(split.names)}
-    for row in rows:
-        where = f"--picture-weights {path}, line {rows.line_num}"
-        try:
-            weight = float(row["weight"])
-        except (TypeError, ValueError):
-            weight = -1.0
-        if not 0 <= weight < float("inf"):
-            raise UserError(f"{where}: {row['weight']!r} is no weight of 0 or more")
-        file = row["file"]
-        if file in place:
-            weights[place[file]] = weight
-        elif not (
-            file.isdecimal() if name in sources.SETS else (find_folder(name) / file).is_file()
-        ):
-            raise UserError(f"{where}: {file!r} is no picture of {name}")
-    if not weights.any():
-        raise UserError(f"--picture-weights {path}: no training picture has a weight above 0")
-    return weights, hashlib.sha256(text.encode()).hexdigest()
-
-
 def generator_for(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
 
@@ -320,7 +280,7 @@ def load(
         )
     rows = _choose_rows(name, found, classes, val, fold, is_divided(root))
     for split in ("train", "val"):
-        kept = _first(torch.tensor([label for _, label in rows[split]]), limit, name)
+        kept = first(torch.tensor([label for _, label in rows[split]]), limit, name)
         rows[split] = [rows[split][i] for i in kept.tolist()]
     # Whoever trains learns of every broken file now, those that test.py would meet included.
     looked_at = rows if "train" in wanted and not limit else wanted
@@ -398,7 +358,7 @@ def _choose_rows(name, found, classes, val, fold, divided: bool) -> dict[str, li
         rows["train"] += rows["val"]
         rows["val"] = []
     if (fold or val) and not rows["val"]:
-        away = _kept_away(torch.tensor([label for _, label in rows["train"]]), val, fold)
+        away = kept_away(torch.tensor([label for _, label in rows["train"]]), val, fold)
         both = list(zip(rows["train"], away.tolist(), strict=True))
         rows["train"] = [row for row, is_away in both if not is_away]
         rows["val"] = [row for row, is_away in both if is_away]
@@ -418,9 +378,9 @@ def _load_set(name, wanted, val, fold, limit, like) -> Data:
             raise UserError(f"{path}: damaged ({error}); remove it to have it made anew") from error
         parts = {file: torch.arange(len(labels))}
         if file == "train":
-            away = _kept_away(labels, val, fold)
+            away = kept_away(labels, val, fold)
             parts = {"train": (~away).nonzero().flatten(), "val": away.nonzero().flatten()}
-            parts = {s: rows[_first(labels[rows], limit, name)] for s, rows in parts.items()}
+            parts = {s: rows[first(labels[rows], limit, name)] for s, rows in parts.items()}
         for split, rows in parts.items():
             if split in wanted and len(rows):
                 names = [str(i) for i in rows.tolist()]
@@ -439,58 +399,3 @@ def _load_set(name, wanted, val, fold, limit, like) -> Data:
         )
     digest = hashlib.sha256(header["source_sha256"].encode()).hexdigest()
     return Data(name, classes, channels, tuple(image_size), 1.0, splits, digest)
-
-
-def _kept_away(labels: Tensor, val: float, fold: str | None) -> Tensor:
-    """Mark what is validated on, as bool [N].  labels int64 [N]."""
-    if not fold:
-        return stratified(labels, val)
-    number, count = map(int, fold.split("/"))
-    least = labels.bincount(minlength=1).min().item()
-    if least < count:
-        raise UserError(f"--fold {fold}: a class has {least} pictures, too few for {count} folds")
-    return folds(labels, count) == number - 1
-
-
-def _first(labels: Tensor, limit: int | None, name: str) -> Tensor:
-    """The indices of `limit` pictures of all classes in their proportion, in order; None: of all.
-
-    labels int64 [N].
-    """
-    if limit is None or limit >= len(labels):
-        return torch.arange(len(labels))
-    counts = labels.bincount()
-    if limit < (counts > 0).sum():
-        raise UserError(f"--data {name}: {limit} pictures are fewer than there are classes")
-    # Each class's first picture, then whatever class has the smallest share so far.
-    share = ranks(labels) / counts[labels]
-    return share.argsort(stable=True)[:limit].sort().values
-
-
-def ranks(labels: Tensor) -> Tensor:
-    """Each picture's place among those of its class, 0…, in an order that is always the same.
-
-    labels int64 [N]; int64 [N].  The seed is not the run's own: two runs must be judged on the same
-    pictures.
-    """
-    generator = torch.Generator().manual_seed(0)
-    places = torch.empty_like(labels)
-    for label in labels.unique():
-        members = (labels == label).nonzero().flatten()
-        order = torch.randperm(len(members), generator=generator)
-        places[members[order]] = torch.arange(len(members))
-    return places
-
-
-def stratified(labels: Tensor, share: float) -> Tensor:
-    """Mark that share of each class, as bool [N]; the same ones always.  labels int64 [N]."""
-    wanted = torch.tensor([round(share * n) for n in labels.bincount().tolist()])
-    return ranks(labels) < wanted[labels]
-
-
-def folds(labels: Tensor, count: int) -> Tensor:
-    """The fold of each picture, 0..count-1, int64 [N]; of one size but for 1, each class in each
-    as evenly as can be.  labels int64 [N].
-    """
-    sizes = labels.bincount()
-    return (ranks(labels) + (sizes.cumsum(0) - sizes)[labels]) % count

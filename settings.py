@@ -5,6 +5,7 @@ from pathlib import Path
 
 import choices
 import dataset
+import losses
 import options
 from model import network_defaults
 from options import UserError, interval, number
@@ -97,8 +98,8 @@ def build_parser(description: str = "") -> options.Parser:
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help=help)
 
     add = parser.add_argument_group("loss").add_argument
-    help = f"{', '.join(choices.LOSSES)}; focal:2 is focal with its gamma; mse: of probabilities"
-    add("--loss", metavar="NAME", type=choices.loss_name, default="cross-entropy", help=help)
+    help = f"{', '.join(losses.LOSSES)}; focal:2 is focal with its gamma; mse: of probabilities"
+    add("--loss", metavar="NAME", type=losses.loss_name, default="cross-entropy", help=help)
     help = "of the true class's weight in the loss, spread over all classes"
     add("--label-smoothing", metavar="SHARE", type=share, default=0.0, help=help)
     help = "of the classes in the loss: balanced, for classes of unequal size, or W1,W2,…"

@@ -27,6 +27,7 @@ import checkpoint
 import choices
 import clock
 import dataset
+import losses
 import options
 import run_folder
 import settings
@@ -132,9 +133,9 @@ def main(argv=None):
     if args.overfit:
         data.splits["val"] = data.splits["train"]
     train, val = data.splits["train"], data.splits.get("val")
-    importance, importance_sha256 = dataset.picture_weights(args.picture_weights, args.data, train)
+    importance, importance_sha256 = losses.picture_weights(args.picture_weights, args.data, train)
     counts = train.labels.bincount(minlength=len(data.classes))
-    importance *= choices.class_weights(args.class_weights, counts)[train.labels]
+    importance *= losses.class_weights(args.class_weights, counts)[train.labels]
     data.to(device)
     if len(train) < 2 * world:
         raise UserError(f"--data {args.data}: {len(train)} training pictures are too few")
@@ -225,10 +226,10 @@ def main(argv=None):
     black = torch.zeros(2, data.channels, *data.image_size, dtype=torch.uint8, device=device)
     runtime.settle_order(model, prepare(black), accelerator)
 
-    # Where this run is: `batch` and `step` count what is done, of the epoch and of the run; losses
+    # Where this run is: `batch` and `step` count what is done, of the epoch and of the run; recent
     # [world, 3] are each process's loss, hits and steps with a finite loss since `logged`.
     at = SimpleNamespace(epoch=0, batch=0, step=0, seconds=spent, epoch_seconds=0.0, history=[])
-    at.sums, at.losses, at.images, at.logged = torch.zeros(3), torch.zeros(world, 3), 0, 0
+    at.sums, at.recent, at.images, at.logged = torch.zeros(3), torch.zeros(world, 3), 0, 0
     at.best, at.best_score, at.train_seconds, at.ended = None, None, 0.0, ""
     at.marks, at.width = plan.marks, width
     inputs = {"pictures": data.sha256, "picture weights": importance_sha256}
@@ -239,7 +240,7 @@ def main(argv=None):
         plan.marks = at.marks
         notes += changes
     data.notes += ([] if saved else account) + notes
-    losses = at.losses[rank::world].sum(0).to(device)
+    recent = at.recent[rank::world].sum(0).to(device)
     scores = [score(record, args.metric) for record in at.history] if val else []
     if is_main:
         checkpoint.atomic_write(run / "options.yaml", options.as_yaml(options.stored(args)))
@@ -274,7 +275,7 @@ def main(argv=None):
         return args.lr * schedule.factor(step, *plan.at(step), scores)
 
     def save(last: bool = False) -> None:
-        at.losses, at.seconds = accelerator.gather(losses[None]), time.perf_counter() - began
+        at.recent, at.seconds = accelerator.gather(recent[None]), time.perf_counter() - began
         content = recovery.capture(at, inputs, networks, optimizer, accelerator)
         saver.save(at.step, content, last)
 
@@ -285,7 +286,7 @@ def main(argv=None):
 
     def tally(log: bool) -> None:
         """Read back what was counted since `logged`, over all processes; log it, and begin anew."""
-        loss, hits, finite = accelerator.reduce(losses).tolist()
+        loss, hits, finite = accelerator.reduce(recent).tolist()
         if not math.isfinite(loss):
             complain(loss, at.logged + int(finite / world) + 1)
         if log:
@@ -293,7 +294,7 @@ def main(argv=None):
                 curves.add("scalar", "train_loss", loss / at.images, at.step)
                 curves.add("scalar", "learning_rate", rate(at.step - 1), at.step)
             at.sums += torch.tensor([loss, hits, at.images])
-            losses.zero_()
+            recent.zero_()
             at.images, at.logged = 0, at.step
 
     began, gradient = time.perf_counter() - at.seconds, None
@@ -341,8 +342,8 @@ def main(argv=None):
                         accelerator.backward(whole, **second_order)
                     with torch.no_grad():
                         hits = (logits.argmax(1) == y.argmax(1)).sum()
-                        losses[:2] += torch.stack([loss, hits]) * counted
-                losses[2] += losses[0].isfinite()
+                        recent[:2] += torch.stack([loss, hits]) * counted
+                recent[2] += recent[0].isfinite()
                 if watch:
                     watch.gradients(at.step + 1, time.perf_counter() - began)
                 if args.clip:

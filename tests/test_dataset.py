@@ -12,7 +12,8 @@ from PIL import Image
 import dataset
 import images as pictures
 import sources
-from dataset import Batches, Data, Split, folds, load, on_device, stratified
+from dataset import Batches, Data, Split, load, on_device
+from divide import folds, stratified
 from folders import list_folder, natural
 from images import UnreadableImage
 from options import UserError

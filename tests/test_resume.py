@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 import checkpoint
-import choices
 import clock
 import interrupts
+import losses
 import metrics
 import options
 import runtime
@@ -434,7 +434,7 @@ def test_out_of_memory(command, monkeypatch, capsys):
     def overflow(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(choices.F, "cross_entropy", overflow)
+    monkeypatch.setattr(losses.F, "cross_entropy", overflow)
     assert call(*command, "--accumulate", "2") == 1
     error = capsys.readouterr().err
     assert "--accumulate 4" in error and "--batch-size 4" in error and len(error.splitlines()) == 1
@@ -451,7 +451,7 @@ def test_deterministic(command, undisturbed, tmp_path, monkeypatch, capsys):
         def refuse(*_, **__):
             raise RuntimeError(message)
 
-        monkeypatch.setattr(choices.F, "cross_entropy", refuse)
+        monkeypatch.setattr(losses.F, "cross_entropy", refuse)
         assert call(*command, "--deterministic") == 2
         error = capsys.readouterr().err
         assert "put_" in error and "--deterministic" in error and len(error.splitlines()) == 1

@@ -1,0 +1,155 @@
+"""What training minimises: the loss of each picture, and how much the picture weighs in it."""
+
+import csv
+import hashlib
+import io
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import sources
+from dataset import Split
+from folders import find_folder
+from options import UserError, nearest, number
+
+LOSSES = ("cross-entropy", "focal", "bce", "mse")
+
+
+def loss_name(text: str) -> str:
+    """An argparse type: a name of LOSSES, focal with its gamma, as it was written."""
+    name, colon, gamma = text.partition(":")
+    if name not in LOSSES or (colon and name != "focal"):
+        raise ArgumentTypeError(f"no loss {text!r}{nearest(name, LOSSES)}: {', '.join(LOSSES)}")
+    if colon:
+        number(float, 0)(gamma)
+    return text
+
+
+def each(text: str, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The loss of each picture, [N], by a name that loss_name() takes.
+
+    logits [N, C], targets [N, C] float, whose rows are shares that sum to 1.  smoothing: share of
+    them that is spread over all classes.
+
+        cross-entropy   of the shares
+        focal:G         cross-entropy of the largest share's class, times (1 - its probability)^G
+                        (2; Lin et al. 2017, arXiv:1708.02002, for many classes)
+        bce             binary cross-entropy of each class against all others, their mean
+                        (Wightman et al. 2021, arXiv:2110.00476)
+        mse             squared difference of probabilities (softmax) and shares, mean over classes
+                        (Brier 1950, Monthly Weather Review 78)
+    """
+    name, _, gamma = text.partition(":")
+    if name == "cross-entropy":
+        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    if name == "focal":
+        log = logits.log_softmax(1).gather(1, targets.argmax(1, keepdim=True))[:, 0]
+        # expm1 keeps 1 - p exact near p = 1, where an exponent below 1 has no slope at 0.
+        return -log * (-torch.expm1(log)).clamp(min=1e-12) ** float(gamma or 2)
+    targets = (1 - smoothing) * targets + smoothing / targets.shape[1]
+    if name == "bce":
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+    return (logits.softmax(1) - targets).square().mean(1)
+
+
+def distillation(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
+    """How far a network is from its teacher, [N]: both logits [N, C].
+
+    The divergence of the softened probabilities, times temperature² so that gradients keep their
+    size (Hinton, Vinyals, Dean 2015, arXiv:1503.02531).
+    """
+    ours, theirs = ((x / temperature).log_softmax(1) for x in (logits, taught))
+    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1) * temperature**2
+
+
+def class_weights(text: str | None, counts: Tensor) -> Tensor:
+    """The weight of each class, float [C]: 1, "balanced" (N / (C · count), as scikit-learn has it),
+    or the numbers in "w1,w2,…".
+
+    counts int64 [C]: training pictures of each class.  Errors: UserError for as many as do not fit.
+    """
+    if text == "balanced":
+        return counts.sum() / (len(counts) * counts.float())
+    if text is None:
+        return torch.ones(len(counts))
+    weights = torch.tensor([float(word) for word in text.split(",")])
+    if len(weights) != len(counts):
+        raise UserError(
+            f"--class-weights: {len(weights)} numbers for {len(counts)} classes (in their order)"
+        )
+    return weights
+
+
+def picture_weights(path: str | None, name: str, split: Split) -> tuple[Tensor, str]:
+    """The weight of each picture of a split in the loss, float [N], and the file's SHA-256.
+
+    path: a CSV file with the columns file (below the data folder; in a named set the picture's
+    number) and weight (at least 0); pictures that it does not name weigh 1.  None: all do.
+    Errors: UserError for such a file, a line of it, or a picture that does not exist.
+    """
+    weights = torch.ones(len(split))
+    if not path:
+        return weights, ""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise UserError(f"--picture-weights {path}: cannot be read ({reason})") from error
+    rows = csv.DictReader(io.StringIO(text))
+    if not {"file", "weight"} <= set(rows.fieldnames or ()):
+        raise UserError(f"--picture-weights {path}: has no columns file and weight")
+    place = {file: i for i, file in enumerate(split.names)}
+    for row in rows:
+        where = f"--picture-weights {path}, line {rows.line_num}"
+        try:
+            weight = float(row["weight"])
+        except (TypeError, ValueError):
+            weight = -1.0
+        if not 0 <= weight < float("inf"):
+            raise UserError(f"{where}: {row['weight']!r} is no weight of 0 or more")
+        file = row["file"]
+        if file in place:
+            weights[place[file]] = weight
+        elif not (
+            file.isdecimal() if name in sources.SETS else (find_folder(name) / file).is_file()
+        ):
+            raise UserError(f"{where}: {file!r} is no picture of {name}")
+    if not weights.any():
+        raise UserError(f"--picture-weights {path}: no training picture has a weight above 0")
+    return weights, hashlib.sha256(text.encode()).hexdigest()
+
+
+class Objective:
+    """What training minimises: the loss of each picture, times the picture's weight.
+
+    weights float [N]: of each training picture; they are scaled to a mean of 1, so that a learning
+    rate keeps its meaning.  teacher: a function from uint8 pictures [B, C, H, W] to logits.
+    share: of the teacher in the loss.
+    """
+
+    def __init__(
+        self, loss, classes, weights, smoothing=0.0, teacher=None, share=0.0, temperature=1.0
+    ):
+        self.loss, self.classes, self.smoothing = loss, classes, smoothing
+        self.weights = weights / weights.mean()
+        self.teacher, self.share, self.temperature = teacher, share, temperature
+
+    def targets(self, labels: Tensor, index: Tensor) -> Tensor:
+        """Each picture's weight at its class, float [B, C]; labels, index int64 [B].
+
+        Augmentation may mix the rows of several pictures.
+        """
+        return F.one_hot(labels, self.classes) * self.weights[index, None]
+
+    def __call__(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
+        """The sum over a batch.  logits [B, C] of uint8 images [B, ?, H, W]; targets [B, C]."""
+        weights = targets.sum(1)
+        shares = targets / weights.clamp(min=torch.finfo(weights.dtype).tiny)[:, None]
+        found = each(self.loss, logits, shares, self.smoothing)
+        if self.teacher:
+            taught = distillation(logits, self.teacher(images), self.temperature)
+            found = (1 - self.share) * found + self.share * taught
+        return (weights * found).sum()
