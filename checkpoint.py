@@ -152,9 +152,10 @@ def save_checkpoint(
 ) -> Path:
     """Write folder/<number>-step-<step>/ and only then remove all older ones but `before`.
 
-    state: dicts, lists, tensors, numbers, strings and None, nested at will (tuples come back as
-    lists).  weights: a weights file to keep with it.  The folder gets its name when everything in
-    it is on the disk; a crash at any moment leaves what was there, and a folder to be ignored.
+    state: dicts, lists, tensors and their types, numbers, strings and None, nested at will (tuples
+    come back as lists).  weights: a weights file to keep with it.  The folder gets its name when
+    everything in it is on the disk; a crash at any moment leaves what was there, and a folder to be
+    ignored.
 
     Errors: OSError naming the folder; then the earlier ones are as they were.
     """
@@ -249,6 +250,8 @@ def _take_apart(tree, tensors: dict[str, Tensor], name: str):
         return {"tensor": name}
     if isinstance(tree, dict):
         return {"dict": [[k, _take_apart(v, tensors, f"{name}/{k}")] for k, v in tree.items()]}
+    if isinstance(tree, torch.dtype):
+        return {"dtype": str(tree).removeprefix("torch.")}
     if isinstance(tree, list | tuple):
         return [_take_apart(v, tensors, f"{name}/{i}") for i, v in enumerate(tree)]
     return tree
@@ -262,4 +265,6 @@ def _put_together(tree, tensors: dict[str, Tensor]):
         return tree
     if "tensor" in tree:
         return tensors[tree["tensor"]]
+    if "dtype" in tree:
+        return getattr(torch, tree["dtype"])
     return {key: _put_together(value, tensors) for key, value in tree["dict"]}

@@ -4,6 +4,7 @@ python scripts/train.py --optimizer ranger --schedule restarts:5:2 --loss focal:
 """
 
 import math
+import warnings
 from argparse import ArgumentTypeError
 
 import torch
@@ -98,7 +99,7 @@ def create_optimizer(
 
     try:
         return create_optimizer_v2(groups, kind, lr, weight_decay, momentum)
-    except (ImportError, AssertionError, RuntimeError) as error:
+    except (ImportError, AssertionError, RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split()) or "it needs a package that is not installed"
         raise UserError(f"--optimizer {name} cannot be used here: {reason}") from error
 
@@ -118,7 +119,22 @@ def seed_draws(optimizer, seed: int, step: int) -> None:
         inner.rng.seed(key)
         torch.manual_seed(key)
     if hasattr(inner, "generator"):
-        inner.generator.manual_seed(key)
+        device = inner.param_groups[0]["params"][0].device
+        inner.generator = torch.Generator(device).manual_seed(key)
+
+
+def second_order(optimizer, world: int, compiled: bool) -> dict:
+    """What backward() is given besides, where an optimizer (adahessian) needs second derivatives.
+
+    Errors: UserError where there are none.
+    """
+    if not getattr(optimizer, "is_second_order", False):
+        return {}
+    if world > 1 or compiled:
+        raise UserError("--optimizer adahessian: only for one process, and without --compile")
+    # The gradients are let go at every step, so that no memory is lost.
+    warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
+    return {"create_graph": True}
 
 
 def l1_penalty(network: nn.Module, strength: float):
@@ -171,8 +187,9 @@ class Schedule:
                                    (SGDR: Loshchilov, Hutter 2016, arXiv:1608.03983)
         plateau:F:P                times F (0.1) after more than P (3) epochs without a better one
         onecycle                   a cosine up from 1/25 during the warm-up (30 % if none is given),
-                                   another down to 1/250,000; momentum (Adam's first beta) from
-                                   0.95 to 0.85 and back (Smith, Topin 2017, arXiv:1708.07120)
+                                   another down to 1/250,000; momentum (Adam's first beta), if not
+                                   0, from 0.95 to 0.85 and back (Smith, Topin 2017:
+                                   arXiv:1708.07120)
 
     Nothing is counted in calls: the rate depends on the step, the plan, and validation scores, so
     it is the same on any number of processes and in a run that goes on.
@@ -220,7 +237,7 @@ class Schedule:
             group["lr"] = lr * self.factor(step, progress, total, scores)
             if momentum and "betas" in group:
                 group["betas"] = (momentum, *group["betas"][1:])
-            elif momentum and "momentum" in group:
+            if momentum and group.get("momentum"):
                 group["momentum"] = momentum
 
     def momentum(self, progress: float, total: int) -> float | None:
@@ -273,14 +290,10 @@ def create_objective(args, data, weights: Tensor, teacher: tuple | None, acceler
     """The Objective of train.py's options.
 
     weights float [N]: of the training pictures; teacher: as checkpoint.load_model() gives it.
-    Errors: UserError for a teacher of other classes or channels.
     """
     teach = None
     if teacher:
-        network, prepare, header = teacher
-        for key, ours in (("classes", data.classes), ("channels", data.channels)):
-            if header[key] != ours:
-                raise UserError(f"--teacher {args.teacher}: has {key} {header[key]}, not {ours}")
+        network, prepare, _ = teacher
         network.to(accelerator.device).requires_grad_(False)
         prepare.to(accelerator.device)
 

@@ -90,13 +90,14 @@ def choose_width(trial, seconds: float, pictures: int) -> int:
     return chosen
 
 
-def lay_out(args, source: dict | None, saved: dict | None, batches, pictures, trial) -> tuple:
+def lay_out(
+    args, width: int | None, source: dict | None, saved: dict | None, batches, pictures, trial
+) -> tuple:
     """How long to train, and fastnet's width: as given, in a run that goes on, or for the time.
 
-    source: the header that --plan names.  saved: the checkpoint that the run goes on from.
-    batches, pictures: of an epoch.  trial: see choose_width().
+    width: as given, if it is.  source: the header that --plan names.  saved: the checkpoint that
+    the run goes on from.  batches, pictures: of an epoch.  trial: see choose_width().
     """
-    width = args.width
     if source:
         plan, width = Plan(source["plan"]), source["model_args"].get("width")
     elif args.time:

@@ -95,15 +95,15 @@ def picture_weights(path: str | None, name: str, split: Split) -> tuple[Tensor, 
         return weights, ""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
+        rows = list(csv.DictReader(io.StringIO(text), restval=""))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or "not a CSV file"
         raise UserError(f"--picture-weights {path}: cannot be read ({reason})") from error
-    rows = csv.DictReader(io.StringIO(text))
-    if not {"file", "weight"} <= set(rows.fieldnames or ()):
-        raise UserError(f"--picture-weights {path}: has no columns file and weight")
+    if not rows or not {"file", "weight"} <= set(rows[0]):
+        raise UserError(f"--picture-weights {path}: has no rows with the columns file and weight")
     place = {file: i for i, file in enumerate(split.names)}
-    for row in rows:
-        where = f"--picture-weights {path}, line {rows.line_num}"
+    for line, row in enumerate(rows, 2):
+        where = f"--picture-weights {path}, line {line}"
         try:
             weight = float(row["weight"])
         except (TypeError, ValueError):
@@ -111,11 +111,14 @@ def picture_weights(path: str | None, name: str, split: Split) -> tuple[Tensor, 
         if not 0 <= weight < float("inf"):
             raise UserError(f"{where}: {row['weight']!r} is no weight of 0 or more")
         file = row["file"]
-        if file in place:
+        known = file in place
+        if known:
             weights[place[file]] = weight
-        elif not (
-            file.isdecimal() if name in sources.SETS else (find_folder(name) / file).is_file()
-        ):
+        elif name in sources.SETS:
+            known = file.isdecimal() and file == str(int(file)) and int(file) < len(split.images)
+        else:  # a picture to validate or test with, or beyond --limit
+            known = (find_folder(name) / file).is_file()
+        if not known:
             raise UserError(f"{where}: {file!r} is no picture of {name}")
     if not weights.any():
         raise UserError(f"--picture-weights {path}: no training picture has a weight above 0")
@@ -134,7 +137,8 @@ class Objective:
         self, loss, classes, weights, smoothing=0.0, teacher=None, share=0.0, temperature=1.0
     ):
         self.loss, self.classes, self.smoothing = loss, classes, smoothing
-        self.weights = weights / weights.mean()
+        # Not quite 0, so that targets tell the class in any case.
+        self.weights = (weights / weights.mean()).clamp(min=1e-12)
         self.teacher, self.share, self.temperature = teacher, share, temperature
 
     def targets(self, labels: Tensor, index: Tensor) -> Tensor:
@@ -147,7 +151,7 @@ class Objective:
     def __call__(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
         """The sum over a batch.  logits [B, C] of uint8 images [B, ?, H, W]; targets [B, C]."""
         weights = targets.sum(1)
-        shares = targets / weights.clamp(min=torch.finfo(weights.dtype).tiny)[:, None]
+        shares = targets / weights[:, None]
         found = each(self.loss, logits, shares, self.smoothing)
         if self.teacher:
             taught = distillation(logits, self.teacher(images), self.temperature)

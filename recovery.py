@@ -96,7 +96,9 @@ def restore(
         ) from error
     for p, state in choices.innermost(optimizer).state.items():
         for key, value in state.items():
-            if torch.is_tensor(value) and value.shape == p.shape:  # channels_last, as p is
+            if (
+                torch.is_tensor(value) and p.ndim and value.shape == p.shape
+            ):  # channels_last, as p is
                 state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(saved["scaler"])

@@ -30,7 +30,7 @@ def build_parser(description: str = "") -> options.Parser:
     add("--val", metavar="SHARE", type=number(float, 0, 0.9), default=0.1, help=help)
     help = "validate on the K-th of N parts of the training pictures instead (`make folds`)"
     add("--fold", metavar="K/N", type=fold, help=help)
-    help = "train on so many pictures only, for a quick try"
+    help = "for a quick try: train on so many pictures only, and validate on as many at most"
     add("--limit", metavar="N", type=number(int, 2), help=help)
     help = "a check: can so many pictures be learned by heart, without anything that hinders it?"
     add("--overfit", metavar="N", type=number(int, 2), help=help)
@@ -83,11 +83,12 @@ def build_parser(description: str = "") -> options.Parser:
     add("--nesterov", action=flag, default=False, help="Nesterov's momentum for sgd")
     help = "pull to zero, of all but biases and norms"
     add("--weight-decay", metavar="X", type=number(float, 0), default=0.01, help=help)
-    help = "added to the loss: so much of the sum of the same weights' absolute values"
+    help = "added to the loss: so much of the sum of absolute weights, of all but biases and norms"
     add("--l1", metavar="X", type=number(float, 0), default=0.0, help=help)
     help = (
         "of the learning rate: constant, cosine, linear, step:30:0.1, multistep:30,60:0.1, "
-        "restarts:5:2, onecycle, plateau:0.1:3 (30, 60, 5 and 3 are epochs)"
+        "restarts:5:2, onecycle (which moves the momentum too), plateau:0.1:3 (30, 60, 5 and 3 "
+        "are epochs)"
     )
     add("--schedule", metavar="NAME", type=choices.schedule_name, default="cosine", help=help)
     help = "optimizer steps (500), or share of them all (20%%), of linear rise to the learning rate"
@@ -101,7 +102,7 @@ def build_parser(description: str = "") -> options.Parser:
     help = f"{', '.join(losses.LOSSES)}; focal:2 is focal with its gamma; mse: of probabilities"
     add("--loss", metavar="NAME", type=losses.loss_name, default="cross-entropy", help=help)
     help = "of the true class's weight in the loss, spread over all classes"
-    add("--label-smoothing", metavar="SHARE", type=share, default=0.0, help=help)
+    add("--label-smoothing", metavar="SHARE", type=number(float, 0, 0.99), default=0.0, help=help)
     help = "of the classes in the loss: balanced, for classes of unequal size, or W1,W2,…"
     add("--class-weights", metavar="WEIGHTS", type=class_weights, help=help)
     help = "of single pictures in the loss: a CSV file with the columns file and weight"
@@ -118,8 +119,8 @@ def build_parser(description: str = "") -> options.Parser:
     add("--metric", choices=METRICS, help=f"{help} (default: accuracy)")
     help = "weights: best epoch's (default), last one's, or the best and all of them in epochs/"
     add("--keep", choices=["best", "last", "all"], help=help)
-    help = "stop after so many epochs without a better one"
-    add("--patience", metavar="EPOCHS", type=count, help=help)
+    help = "stop after so many epochs without a better one; 0: never"
+    add("--patience", metavar="EPOCHS", type=number(int, 0), help=help)
     help = "by how much better, for --patience and plateau"
     add("--min-delta", metavar="X", type=number(float, 0), default=0.0, help=help)
     help = "keep a moving average of the weights, of about 1 / (1 - DECAY) steps (0.999)"
@@ -197,59 +198,99 @@ def settle(args) -> None:
 
     Before anything is read or fetched.  Errors: UserError.
     """
-    for name in ("pretrained", "teacher", "picture_weights"):  # as it is, wherever one is later
+    for name in ("pretrained", "teacher", "picture_weights", "plan"):
         path = getattr(args, name)
-        if path and Path(path).exists():
+        if path and path != "timm" and Path(path).exists():  # wherever the next command is given
             setattr(args, name, str(Path(path).resolve()))
     if args.overfit:
         _leave_out(args)
     mixes = [f"--{name}" for name in ("mixup", "cutmix") if getattr(args, name)]
-    soft = mixes + (["--label-smoothing"] if args.label_smoothing else [])
-    by_epochs = args.schedule.partition(":")[0]
-    wants = {
-        "--metric": args.metric,
-        "--patience": args.patience,
-        "--keep best": args.keep == "best",
-        "--schedule plateau": by_epochs == "plateau",
-    }
-    refusals = {
-        f"--loss {args.loss} is for pictures of one class: leave out {' and '.join(soft)}": (
-            args.loss.startswith("focal") and soft
+    soft = " and ".join(mixes + (["--label-smoothing"] if args.label_smoothing else []))
+    by_scores = args.patience or args.schedule.startswith("plateau")
+    refusals = [
+        (
+            args.loss.startswith("focal") and soft,
+            f"--loss {args.loss} is for pictures of one class each: leave out {soft}",
         ),
-        "--min-delta is for --patience or --schedule plateau": (
-            args.min_delta and not args.patience and by_epochs != "plateau"
+        (
+            args.nesterov and (args.optimizer != "sgd" or not args.momentum),
+            "--nesterov is for --optimizer sgd with a --momentum",
         ),
-        "--nesterov is for --optimizer sgd with a --momentum": (
-            args.nesterov and (args.optimizer != "sgd" or not args.momentum)
+        (
+            args.width and args.model != "fastnet",
+            f"--width is of fastnet, not of {args.model}",
         ),
-        "--freeze-epochs is for --pretrained weights: nothing is learned from random ones": (
-            args.freeze_epochs and not args.pretrained
+        (
+            args.freeze_epochs and not args.pretrained,
+            "--freeze-epochs is for --pretrained weights: nothing is learned from random ones",
         ),
-        "--teacher-share and --temperature are for a --teacher": (
-            (args.teacher_share is not None or args.temperature) and not args.teacher
+        (
+            not args.teacher and (args.teacher_share is not None or args.temperature),
+            "--teacher-share and --temperature are for a --teacher",
         ),
-        "--teacher-share 0 leaves the teacher out: leave out --teacher": (
-            args.teacher and args.teacher_share == 0
+        (
+            args.teacher and args.teacher_share == 0,
+            "--teacher-share 0 leaves the teacher out: leave out --teacher",
         ),
-        f"--width is of fastnet, not of {args.model}": (
-            args.width and args.model and args.model != "fastnet"
+        (
+            args.min_delta and not by_scores,
+            "--min-delta is for --patience or --schedule plateau",
         ),
-    }
-    for option, given in wants.items():
-        said = f"{option} needs validation pictures: give a --val above 0, or --fold"
-        refusals[said] = given and not validates(args)
-    for said, refused in refusals.items():
+        (
+            args.metric and args.keep == "last" and not by_scores,
+            "--metric chooses nothing with --keep last: leave one out",
+        ),
+        *(
+            (
+                not validates(args),
+                f"{wish} needs validation pictures: give a --val above 0, or --fold",
+            )
+            for wish in wishes(args)
+        ),
+    ]
+    for refused, said in refusals:
         if refused:
             raise UserError(said)
 
 
+def wishes(args) -> list[str]:
+    """The options given that need validation pictures."""
+    given = {
+        "--metric": args.metric,
+        "--patience": args.patience,
+        "--keep best": args.keep == "best",
+        "--schedule plateau": args.schedule.startswith("plateau"),
+    }
+    return [option for option, value in given.items() if value]
+
+
+def settle_with(args, data, importance, teacher) -> None:
+    """Refuse what does not go with the data, before there is a run folder.
+
+    importance float [N]: what each training picture weighs; teacher: as checkpoint.load_model()
+    gives it, or None.  Errors: UserError.
+    """
+    count = len(data.splits["train"])
+    if "val" not in data.splits:
+        for wish in wishes(args):
+            raise UserError(f"{wish} needs validation pictures: --val {args.val} leaves none")
+    if args.overfit and count < args.overfit:
+        raise UserError(f"--overfit {args.overfit}: there are {count} training pictures")
+    if not importance.any():
+        raise UserError("--class-weights, --picture-weights: no picture is left with a weight")
+    for key, ours in (("classes", data.classes), ("channels", data.channels)):
+        if teacher and teacher[2][key] != ours:
+            raise UserError(f"--teacher {args.teacher}: has {key} {teacher[2][key]}, not {ours}")
+
+
 def _leave_out(args) -> None:
     """What --overfit is without; the picture weights and the network stay."""
-    for other in ("fold", "limit", "time", "plan", "teacher", "patience", "freeze_epochs"):
+    for other in ("fold", "limit", "time", "plan", "teacher", "freeze_epochs"):
         if getattr(args, other):
             raise UserError(f"--overfit goes without --{other.replace('_', '-')}")
     for name in ("erase", "mixup", "cutmix", "dropout", "weight_decay", "l1", "label_smoothing"):
         setattr(args, name, 0.0)
     args.augment, args.schedule, args.warmup, args.ema = "none", "constant", "0", None
+    args.patience, args.min_delta, args.metric, args.keep = 0, 0.0, None, None
     args.epochs = max(args.epochs, MEMORISED)
     args.batch_size = min(args.batch_size, args.overfit)

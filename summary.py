@@ -11,13 +11,15 @@ import options
 from images import draw_grid
 
 
-def describe(record: dict, epochs: str, left: float) -> str:
-    """An epoch's line on the console."""
+def describe(record: dict, epochs: str, left: float, metric: str | None) -> str:
+    """An epoch's line on the console; metric: by which the best one is chosen."""
     line = f"epoch {record['epoch']}{epochs}"
     for split in ("train", "val"):
         if f"{split}_loss" in record:
             loss, accuracy = record[f"{split}_loss"], record[f"{split}_accuracy"]
             line += f"  {split} loss {loss:.4f} accuracy {accuracy:.2%}"
+    if metric == "f1":
+        line += f" f1 {record['val_f1']:.2%}"
     line += f"  lr {record['lr']:.2g}  {record['images_per_second']:,.0f} images/s"
     return f"{line}  {left:.0f} s left"
 
@@ -64,11 +66,12 @@ def conclude(args, at: SimpleNamespace, run: Path) -> str:
     weights, reached = run / "model.safetensors", ""
     if "val_accuracy" in at.best:
         reached = f", validation accuracy {at.best['val_accuracy']:.2%}"
+        reached += f", f1 {at.best['val_f1']:.2%}" if args.metric == "f1" else ""
     lines = [f"stopped early: {at.ended}"] if at.ended else []
     lines.append(f"weights of epoch {at.best['epoch']}{reached}: {weights}")
     lines.append(f"training took {at.train_seconds:.1f} s")
     if args.overfit:
-        hits = round(at.best["val_accuracy"] * args.overfit)
+        hits = round(at.history[-1]["val_accuracy"] * args.overfit)
         lines.append(
             f"memorised: all {hits} pictures, after {at.epoch} epochs"
             if hits == args.overfit

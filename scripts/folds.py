@@ -39,7 +39,7 @@ def main(argv=None) -> int:
     parser = settings.build_parser()
     typed = options.parse(parser, words)
     for option in ("fold", "overfit", "resume"):
-        if getattr(typed, option) is not None:
+        if getattr(typed, option):
             raise UserError(f"--{option} is of one training; leave it out for folds")
     # Mistakes end here, before the first training.
     settings.complete(parser, typed, words, typed.data or "cifar10")
@@ -60,7 +60,9 @@ def main(argv=None) -> int:
             if status in (2, 130, 143):  # which it has told about
                 return status
             if status:
-                raise OutsideError(f"fold {k} ended with status {status}; the same command goes on")
+                raise OutsideError(
+                    f"fold {k} ended with status {status}; mended, the same command goes on"
+                )
             run = finished(fold)
         summaries.append(json.loads((run / "metrics.json").read_text())["summary"])
 

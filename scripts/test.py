@@ -157,8 +157,8 @@ def main(argv=None):
     workers = runtime.workers(trained["workers"] if args.workers is None else args.workers)
     reading = {
         "val": trained["val"],
-        "fold": trained.get("fold"),
-        "limit": trained.get("limit"),
+        "fold": None if args.data else trained.get("fold"),
+        "limit": None if args.data else trained.get("limit"),
         "like": header,
         "skip_broken": args.skip_broken or trained["skip_broken"],
         "workers": workers,

@@ -91,8 +91,9 @@ def main(argv=None):
     rank, world = state.process_index, state.num_processes
     if args.batch_size % world:
         near = max(world, args.batch_size // world * world)
+        option = "overfit" if args.batch_size == args.overfit else "batch-size"
         raise UserError(
-            f"--batch-size {args.batch_size} cannot be divided among {world} processes; "
+            f"--{option} {args.batch_size} cannot be divided among {world} processes; "
             f"{near} and {near + world} can"
         )
 
@@ -108,7 +109,6 @@ def main(argv=None):
         tensors, loaded = runtime.main_first(
             state, lambda: transfer.read_weights(args.pretrained, args.model)
         )
-    args.width = args.width or loaded.get("model_args", {}).get("width")
     if args.teacher:
         teacher = checkpoint.load_model(args.teacher)
 
@@ -121,7 +121,7 @@ def main(argv=None):
         lambda: dataset.load(
             args.data,
             ["train", "val"] if apart else ["train"],
-            val=args.val,
+            val=args.val if apart else 0,
             fold=args.fold,
             limit=args.limit or args.overfit,
             photo_size=args.image_size or network["image_size"],
@@ -136,6 +136,7 @@ def main(argv=None):
     importance, importance_sha256 = losses.picture_weights(args.picture_weights, args.data, train)
     counts = train.labels.bincount(minlength=len(data.classes))
     importance *= losses.class_weights(args.class_weights, counts)[train.labels]
+    settings.settle_with(args, data, importance, teacher)
     data.to(device)
     if len(train) < 2 * world:
         raise UserError(f"--data {args.data}: {len(train)} training pictures are too few")
@@ -153,8 +154,8 @@ def main(argv=None):
         "channels": data.channels,
         "size": (args.image_size,) * 2 if args.image_size else data.image_size,
     }
-    if args.width:
-        model_args["width"] = args.width
+    if width := args.width or loaded.get("model_args", {}).get("width"):
+        model_args["width"] = width
 
     def build() -> tuple:
         """The network with its first weights, what is said of them, optimizer and freezer."""
@@ -180,6 +181,7 @@ def main(argv=None):
     normalised = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if normalised and args.batch_size < 2 * world:
         raise UserError(f"--batch-size: batch norm needs 2 pictures a process, so {2 * world}")
+    second_order = choices.second_order(optimizer, world, args.compile)
 
     # The run folder: of the unfinished run with these options, or a new one.
     folder = args.output or options.RUNS / settings.run_name(args)
@@ -197,7 +199,8 @@ def main(argv=None):
         return world * runtime.speed(candidate, scaled, labels[:part], accelerator)
 
     plan, width = runtime.from_main(
-        state, lambda: clock.lay_out(args, source, saved, len(train_loader), len(train), trial)
+        state,
+        lambda: clock.lay_out(args, width, source, saved, len(train_loader), len(train), trial),
     )
     if width and width != model_args.get("width"):
         model_args["width"] = width
@@ -215,7 +218,6 @@ def main(argv=None):
     )
     objective = choices.create_objective(args, data, importance.to(device), teacher, accelerator)
     schedule = choices.Schedule(args.schedule, args.warmup, len(train_loader), args.min_delta)
-    second_order = {"create_graph": True} if getattr(optimizer, "is_second_order", False) else {}
     penalty = choices.l1_penalty(model, args.l1)
     freezer.update(saved["progress"]["epoch"] if saved else 0)
     model, optimizer = accelerator.prepare(model, optimizer)  # device, casts, several processes
@@ -233,7 +235,7 @@ def main(argv=None):
     at.best, at.best_score, at.train_seconds, at.ended = None, None, 0.0, ""
     at.marks, at.width = plan.marks, width
     inputs = {"pictures": data.sha256, "picture weights": importance_sha256}
-    inputs |= {"teacher": teacher and teacher[2]["sha256"]}
+    inputs |= {"teacher": teacher and teacher[2]["sha256"], "pretrained": loaded.get("sha256")}
     networks = {"model": plain} | ({"average": judged} if averaged else {})
     if newest:
         at, changes = recovery.restore(newest, saved, inputs, networks, optimizer, accelerator)
@@ -267,8 +269,8 @@ def main(argv=None):
     if args.watch and is_main:
         from watch import Watch
 
-        pixels, _, _ = dataset.Pictures(train, data)[0, list(range(min(32, len(train))))]
-        shown = prepare(pixels.to(device))
+        batch = [dataset.Pictures(train, data)[0, list(range(min(32, len(train))))]]
+        shown = prepare(next(on_device(batch, device))[0])
         watch = Watch(plain, curves, shown, say=tqdm.write, scaler=accelerator.scaler)
 
     def rate(step: int) -> float:
@@ -317,8 +319,9 @@ def main(argv=None):
                 disable=None if is_main else True,
             )
 
-            # Train.  In a step nothing is read back from the device, but the loss at times: every
+            # Train.  A step reads nothing back from the device but the loss at times: every
             # --log-every, and in the first steps, where a learning rate that is too high shows.
+            # (What torchvision changes of single pictures, see Augment, takes their indices.)
             for images, labels, index in batches:
                 schedule.apply(optimizer, args.lr, at.step, *plan.at(at.step), scores)
                 images, targets = augment(images, objective.targets(labels, index), at.epoch, index)
@@ -436,7 +439,7 @@ def main(argv=None):
             if is_main:
                 run_folder.point_latest(run)
             left = 0 if at.ended else at.seconds / at.step * (plan.total - at.step)
-            say(summary.describe(record, epochs, left))
+            say(summary.describe(record, epochs, left, args.metric))
 
     # Where the weights are, and which command comes next.
     status = interrupts.stop
@@ -456,7 +459,7 @@ def main(argv=None):
         curves.close()
     accelerator.wait_for_everyone()  # without it gloo now and then aborts while shutting down
     accelerator.end_training()
-    if args.overfit and at.best and at.best["val_accuracy"] < 1:
+    if args.overfit and at.best and at.history[-1]["val_accuracy"] < 1:
         status = status or 1
     return status
 

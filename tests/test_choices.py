@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
+import checkpoint
 import choices
 from choices import Schedule
 from model import create_model
@@ -198,17 +199,44 @@ def test_sgd_has_nesterov_momentum():
             assert torch.equal(p, q)
 
 
-def test_every_name_of_timm():
-    """Any optimizer of timm's is made, or refused in one line for what it needs."""
+def trained(name, folder, stop):
+    """The parameters of a tiny network after 10 steps, of which a checkpoint may be after 6."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
+    optimizer = choices.create_optimizer(name, network, 0.01, 0.9, 0.01)
+    backward = choices.second_order(optimizer, 1, False)
+    for step in range(10):
+        if stop and step == 6:
+            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+            path = checkpoint.save_checkpoint(folder / name, step, state)
+            state = checkpoint.load_checkpoint(path)
+            network.load_state_dict(state["network"])
+            optimizer = choices.create_optimizer(name, network, 0.01, 0.9, 0.01)
+            state["optimizer"].pop("rng_state", None)
+            optimizer.load_state_dict(state["optimizer"])
+        network(torch.linspace(-1, 1, 16).view(1, 1, 4, 4)).square().sum().backward(**backward)
+        choices.seed_draws(optimizer, 0, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in network.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_name_of_timm(tmp_path, monkeypatch):
+    """Any optimizer of timm's is made, or refused in one line for what it needs; what is made goes
+    on from a checkpoint to the same bits.
+    """
     from timm.optim import list_optimizers
 
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # kron's, for a minute
     made = 0
     for name in [*list_optimizers(), "lookahead_adam"]:
         choices.optimizer_name(name)
         said = f"--optimizer {name} cannot"
         try:
-            choices.create_optimizer(name, create_model("lenet", 2), 0.01, 0.9, 0.01)
+            ends = [trained(name, tmp_path, stop) for stop in (False, True)]
             made += 1
+            assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True)), name
         except UserError as error:
             said = str(error)
         assert said.startswith(f"--optimizer {name} cannot") and "\n" not in said

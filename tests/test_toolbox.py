@@ -122,7 +122,7 @@ def test_each_option(plain, tmp_path, words):
         ["--optimizer", "adabelief", "--schedule", "onecycle"],
         ["--optimizer", "adahessian"],
         ["--augment", "trivial", "--mixup", "0.2", "--dropout", "0.2"],
-        ["--model", "torchvision/mobilenet_v3_small", "--ema", "0.9"],
+        ["--model", "fastnet", "--width", "8", "--ema", "0.9"],
         ["--schedule", "plateau:0.1:0", "--patience", "2"],
         ["--teacher", "teacher.safetensors"],
     ],
@@ -190,6 +190,11 @@ def test_what_was_interrupted_ends_alike(plain, tmp_path, monkeypatch, words):
         (["--loss", "hinge"], "--loss"),
         (["--ema", "1"], "--ema"),
         (["--mixup", "-1"], "--mixup"),
+        (["--metric", "f1", "--keep", "last"], "--metric"),
+        (["--overfit", "5000"], "there are 1437 training pictures"),
+        (["--optimizer", "muon", "--momentum", "1"], "--optimizer muon"),
+        (["--optimizer", "adahessian", "--compile"], "--compile"),
+        (["--label-smoothing", "1"], "--label-smoothing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -262,7 +267,7 @@ def test_the_average_is_what_is_validated_and_kept(tmp_path, precision):
     assert loss == pytest.approx(averaged["epochs"][3]["val_loss"], rel=error)
 
 
-def test_overfit_tells_the_truth(tmp_path, capsys):
+def test_overfit_tells_the_truth(tmp_path, monkeypatch, capsys):
     """A network that can learn pictures by heart does, with status 0; one that cannot, 1."""
     words = ["--data", "digits", *TINY, "--overfit", "12", "--output"]
     assert call(train.main, *words, tmp_path / "able", "--augment", "rand") == 0
@@ -274,6 +279,7 @@ def test_overfit_tells_the_truth(tmp_path, capsys):
         ).augment
         == "none"
     )
+    monkeypatch.setattr(train.settings, "MEMORISED", 11)
     assert call(train.main, *words, tmp_path / "unable", "--lr", "1e-9") == 1
     assert "not memorised: " in capsys.readouterr().out
 
@@ -326,6 +332,22 @@ def test_picture_weights(make_folder, tmp_path, capsys):
     table.write_text("picture,weight\n")
     assert call(train.main, "--data", pictures, *TINY, "--picture-weights", table) == 2
     assert "columns file and weight" in capsys.readouterr().err
+    table.write_text("weight,file\n2\n")
+    assert call(train.main, "--data", pictures, *TINY, "--picture-weights", table) == 2
+    assert "line 2: '' is no picture" in capsys.readouterr().err
+    table.write_text("file,weight\n99999999,2\n")
+    assert call(train.main, *DIGITS, "--picture-weights", table) == 2
+    assert "'99999999' is no picture of digits" in capsys.readouterr().err
+
+
+def test_too_few_pictures_to_validate(make_folder, tmp_path, capsys):
+    """What needs validation pictures is refused where the share of them comes to none."""
+    few = make_folder(tmp_path / "few", {"train": 4})
+    assert (
+        call(train.main, "--data", few, *TINY, "--patience", "1", "--output", tmp_path / "r") == 2
+    )
+    assert "--patience needs validation pictures: --val 0.1" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
 
 
 def test_fold_with_an_own_val_is_refused(make_folder, tmp_path, capsys):
@@ -335,7 +357,7 @@ def test_fold_with_an_own_val_is_refused(make_folder, tmp_path, capsys):
     assert "val/ of its own" in capsys.readouterr().err
 
 
-def test_pretrained_and_teacher(plain, tmp_path, capsys):
+def test_pretrained_and_teacher(plain, make_folder, tmp_path, capsys):
     """Weights of a run are where the next begins, unchanged at a rate of nothing; a network that
     learns from them alone comes to their answers.
     """
@@ -361,7 +383,10 @@ def test_pretrained_and_teacher(plain, tmp_path, capsys):
     _, _, taught = fit(tmp_path / "taught", *words, "--temperature", "2")
     losses = [e["train_loss"] for e in taught["epochs"]]
     assert losses[-1] < 0.5 * losses[0]
-    assert call(train.main, "--data", "digits", *TINY, "--teacher", tmp_path / "x") == 2
+    command = ["--data", make_folder(tmp_path / "two"), *TINY, "--output", tmp_path / "new"]
+    capsys.readouterr()
+    assert call(train.main, *command, "--teacher", path) == 2
+    assert "--teacher" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_the_grid_shows_what_is_trained_on(tmp_path):
