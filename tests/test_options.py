@@ -303,6 +303,9 @@ def test_the_readme_tells_the_stored_results():
     for figure in stored["comparisons"]:
         row = f"| {figure['title']} | {figure['times']:.2f} | `{figure['command']}` |"
         assert row in readme, row
+    for figure in stored["toolbox"]:
+        cells = [figure["title"], per_cent(figure["without"]), per_cent(figure["with"])]
+        assert f"| {' | '.join(cells)} |" in readme, cells
 
 
 def test_the_plot_is_of_the_stored_results():

@@ -258,7 +258,7 @@ def test_infinite(value):
         p.grad *= value
     watched, notes = make_watch(network, torch.zeros(2, 3, 12, 12))
     watched.gradients(5, 0.0)
-    watched.gradients(6, 0.0)
+    watched.gradients(6, 1.0)
     (line,) = notes.lines
     assert line.startswith("infinite gradient: 9 and 4 more at step 5, norm ")
     watched, notes = make_watch(network, watched.images, scaler=torch.amp.GradScaler("cpu"))
