@@ -123,8 +123,7 @@ class Watch:
         with self._survive("look inside"):
             network = self._copy()
             _attach(network, values, maps)
-            with torch.random.fork_rng([self.images.device] if self.images.is_cuda else []):
-                network(self.images)
+            network(self.images)
         values |= {f"feature_maps/{name}": maps[name] for name in _spread(maps, PICTURES)}
         if values:
             parts = [part.flatten().float() for part in values.values()]
@@ -151,9 +150,10 @@ class Watch:
 
     @contextlib.contextmanager
     def _survive(self, what: str):
-        """Say once what an unusual network does not allow, and go on."""
+        """Say once what an unusual network does not allow, and go on with the old random state."""
         try:
-            yield
+            with torch.random.fork_rng([self.images.device] if self.images.is_cuda else []):
+                yield
         except Exception as error:
             if what not in self.said:
                 reason = str(error).strip().partition("\n")[0]

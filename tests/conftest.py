@@ -12,12 +12,18 @@ from PIL import Image
 import options
 import sources
 
+# Small steps on several threads wait for each other wherever something else runs too: five times
+# as long, and two processes test at a time.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path, monkeypatch):
     """Runs and data of its own for every test; process-wide state as it was before."""
     monkeypatch.setattr(options, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(sources, "DATA", tmp_path / "data")
+    monkeypatch.setattr(os, "fsync", os.fstat)  # a busy disk takes its time, and no test cuts power
     environment, threads = dict(os.environ), torch.get_num_threads()
     yield
     AcceleratorState._reset_state(True)
@@ -54,7 +60,7 @@ def _make_folder(
     return Path(root)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_folder():
     """The function that makes a picture folder."""
     return _make_folder

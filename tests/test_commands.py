@@ -13,7 +13,9 @@ from pathlib import Path
 import bench
 import psutil
 import pytest
+import together
 import torch
+import train
 from safetensors.torch import save_file
 
 import checkpoint
@@ -26,7 +28,7 @@ README = (options.ROOT / "README.md").read_text()
 def clone(tmp_path_factory):
     """A copy of the repository with this environment as .venv, and three tiny sets on disk.
 
-    The digits are trained for two epochs only.
+    Recipes that would take long are cut to an epoch, and that of the digits to two.
     """
     root = tmp_path_factory.mktemp("clone")
     for name in ("recipes", "scripts"):
@@ -34,8 +36,9 @@ def clone(tmp_path_factory):
     for path in [*options.ROOT.glob("*.py"), *options.ROOT.glob("requirements*.txt")]:
         shutil.copy(path, root)
     shutil.copy(options.ROOT / "Makefile", root)
-    recipe = root / "recipes" / "digits.yaml"
-    recipe.write_text(re.sub("epochs: .*", "epochs: 2", recipe.read_text()))
+    for name, epochs in (("digits", 2), ("cifar10", 1), ("mnist", 1), ("tutorial", 1)):
+        recipe = root / "recipes" / f"{name}.yaml"
+        recipe.write_text(re.sub("epochs: .*", f"epochs: {epochs}", recipe.read_text()))
     (root / ".venv").mkdir()
     for name in ("bin", "lib", "pyvenv.cfg"):
         if (Path(sys.prefix) / name).exists():
@@ -54,11 +57,13 @@ def clone(tmp_path_factory):
     return root
 
 
-def shell(command, cwd, status=0, **extra):
-    """Run a command without a network and with this Python first on the path."""
+def shell(command, cwd, status=0, threads="1"):
+    """Run a command without a network; threads: None for as many as a user gets."""
     ours = ("OMP_", "ACCELERATE_", "MAKE")  # make check's own settings are not a user's
     env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    env |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", **extra}
+    env |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    if threads:
+        env["OMP_NUM_THREADS"] = threads
     result = subprocess.run(command, shell=True, cwd=cwd, env=env, capture_output=True, text=True)
     said = f"{command}\n{result.stdout}\n{result.stderr}"
     assert result.returncode == status, said
@@ -66,23 +71,28 @@ def shell(command, cwd, status=0, **extra):
     return result.stdout
 
 
-def readme_commands():
-    """The lines of the README's shell blocks, without their comments."""
+def train_here(*words):
+    """train.py in this process, for tests of what comes after it."""
+    assert options.run(train.main, ["--model", "lenet", *map(str, words)]) == 0
+
+
+def readme_blocks():
+    """The commands of each of the README's shell blocks, without their comments."""
     blocks = re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line]
+    return [re.findall(r"^(\S.*?)(?:  +#.*)?$", block, re.MULTILINE) for block in blocks]
 
 
-def test_the_readme_runs(clone, make_folder):
-    """Every command of the README works when pasted, in the README's order, without a network."""
+def test_the_readme_is_read():
+    """There are commands in the README, and test_the_readme_runs finds them."""
+    assert len(readme_blocks()) > 3 and sum(map(len, readme_blocks())) > 12
+
+
+@pytest.mark.parametrize("commands", readme_blocks(), ids=lambda commands: commands[0])
+def test_the_readme_runs(clone, make_folder, commands):
+    """Every command of a block works when pasted, in the README's order, without a network."""
     make_folder(clone / "my" / "pictures", {"train": 6, "test": 3}, size=(32, 32))
-    # Whatever would take long is cut to an epoch of its own recipe.
-    for recipe in ("cifar10", "mnist", "tutorial"):
-        path = clone / "recipes" / f"{recipe}.yaml"
-        path.write_text(re.sub("epochs: .*", "epochs: 1", path.read_text()))
-    commands = readme_commands()
-    assert len(commands) > 12
     for command in commands:
-        command = re.sub("TIME=[0-9]+[smh]", "TIME=3s", command)
+        command = re.sub("TIME=[0-9]+[smh]", "TIME=1s", command)
         if command in ("make check", "make bench"):  # too long: only their parts are looked up
             assert re.search("pytest|bench.py", shell(f"{command} --dry-run", clone))
         elif command == "make tensorboard":
@@ -91,7 +101,8 @@ def test_the_readme_runs(clone, make_folder):
             said = shell(command, clone)
         if command == "make train DATA=digits":
             assert f"    {said.splitlines()[-1]}\n" in README
-    assert (clone / "pictures" / "mnist" / "test" / "7").is_dir()
+        if "--export" in command:
+            assert (clone / "pictures" / "mnist" / "test" / "7").is_dir()
 
 
 def serve(command, cwd):
@@ -126,23 +137,30 @@ def test_processes_count_and_train_like_one(clone, make_folder):
     for split, count in (("train", 37), ("val", 9), ("test", 11)):
         make_folder(folder, {split: count // 2}, classes=("a",), size=(16, 16))
         make_folder(folder, {split: count - count // 2}, classes=("b",), size=(16, 16))
-    options_ = "--data odd --model lenet --epochs 2 --batch-size 8 --precision no --accumulate 2"
-    options_ += " --optimizer sgd --lr 0.05"
+    trained = f"--data {folder} --model lenet --epochs 2 --batch-size 8 --accumulate 2 "
+    trained += "--precision no --optimizer sgd --lr 0.05 --output"
     launch = {
         "one": ".venv/bin/python",
-        "two": ".venv/bin/torchrun --nproc-per-node 2",
-        "four": ".venv/bin/torchrun --nproc-per-node 4",
         "launched": ".venv/bin/accelerate launch --num_processes 1 --cpu",
+        "two": 2,
+        "four": 4,
     }
     tensors, metrics = {}, {}
     for name, launcher in launch.items():
-        said = shell(f"{launcher} scripts/train.py {options_} --output runs/{name}", clone)
-        assert "37 pictures to train on, 9 to validate" in said
-        weights = f"runs/{name}/model.safetensors"
-        said = shell(f"{launcher} scripts/test.py --weights {weights}", clone)
-        assert "11 pictures" in said
-        tensors[name] = checkpoint.load(clone / weights)[0]
-        metrics[name] = json.loads((clone / "runs" / name / "report/metrics.json").read_text())
+        run = clone / "runs" / name
+        said = []
+        for script, words in (
+            ("train", f"{trained} {run}"),
+            ("test", f"--weights {run}/model.safetensors"),
+        ):
+            if isinstance(launcher, int):
+                said.append(together.scripts(launcher, clone, script, words.split()))
+            else:  # on all cores
+                said.append(shell(f"{launcher} scripts/{script}.py {words}", clone, threads=None))
+        assert "37 pictures to train on, 9 to validate" in said[0]
+        assert "11 pictures" in said[1]
+        tensors[name] = checkpoint.load(run / "model.safetensors")[0]
+        metrics[name] = json.loads((run / "report" / "metrics.json").read_text())
     assert metrics["one"]["confusion"] == metrics["two"]["confusion"]
     assert metrics["one"]["confusion"] == metrics["four"]["confusion"]
     for name, tensor in tensors["one"].items():
@@ -161,13 +179,13 @@ def test_from_any_folder(clone, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_predict_imports_little(clone):
+def test_predict_imports_little(clone, make_folder):
     """Weights of a built-in network answer without the libraries that take seconds to import."""
-    shell(".venv/bin/python scripts/train.py --data digits --epochs 1 --output runs/light", clone)
-    shell(".venv/bin/python scripts/test.py --weights runs/light/model.safetensors", clone)
+    make_folder(clone / "light", {"train": 5})
+    train_here("--data", clone / "light", "--epochs", "1", "--output", clone / "runs" / "light")
     code = (
         "import sys; sys.path.insert(0, 'scripts'); import predict; predict.main(["
-        "'runs/light/samples', '--weights', 'runs/light/model.safetensors']); "
+        "'light', '--weights', 'runs/light/model.safetensors']); "
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'torchvision', 'timm', "
         "'accelerate', 'sklearn', 'tensorboard', 'yaml'}))"
     )
@@ -182,22 +200,23 @@ def test_two_processes_stop_together(clone, make_folder):
     (folder / "val" / "bees" / "torn.png").write_bytes(b"")
     (clone / "file").touch()
     for words, named in (
-        ("--data cifar11", "did you mean cifar10"),
-        ("--data torn --model lenet", "torn.png"),
-        ("--data digits --epochs 1 --output file", "--output"),
+        (["--data", "cifar11"], "did you mean cifar10"),
+        (["--data", "digits", "--epochs", "1", "--output", clone / "file"], "--output"),
     ):
-        result = subprocess.run(
-            f"OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 scripts/train.py {words}",
-            shell=True,
-            cwd=clone,
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 1  # torchrun's own
-        before_its_report = result.stderr.split("torch/distributed/elastic")[0]
-        assert before_its_report.count("error: ") == 1, result.stderr
-        assert named in before_its_report
-        assert "Traceback" not in before_its_report
+        said = together.scripts(2, clone, "train", words, status=2)
+        assert said.count("error: ") == 1 and named in said and "Traceback" not in said
+    result = subprocess.run(
+        "OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 scripts/train.py --data torn",
+        shell=True,
+        cwd=clone,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1  # torchrun's own
+    before_its_report = result.stderr.split("torch/distributed/elastic")[0]
+    assert before_its_report.count("error: ") == 1, result.stderr
+    assert "torn.png" in before_its_report
+    assert "Traceback" not in before_its_report
 
 
 def test_broken_test_pictures_are_skipped_to_the_end(clone, make_folder):
@@ -222,8 +241,9 @@ def test_mistakes_reach_the_shell(clone):
 
 def test_reproduce(clone):
     """make reproduce trains again from the header alone: identical bits, or where they part."""
-    shell("make train DATA=digits ARGS='--output runs/first --seed 7'", clone)
     run = clone / "runs" / "first"
+    words = "--data digits --limit 96 --epochs 2 --val 0 --seed 7 --threads 2"
+    train_here(*words.split(), "--output", run)
     for path in [*run.iterdir()]:  # the weights are enough
         if path.name not in ("model.safetensors", ".lock"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

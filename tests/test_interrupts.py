@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import together
 
 import interrupts
 import options
@@ -196,7 +197,7 @@ def free_port():
 # Every process writes down the answer to each of its calls.  Between two calls they wait for each
 # other, and for a while: signals have arrived, and messages could have.
 AGREE = """
-import json, os, pathlib, random, signal, sys, time
+import json, os, pathlib, random, signal, time
 import runtime
 from torch import distributed
 from interrupts import Interrupts
@@ -213,7 +214,7 @@ with Interrupts(world) as interrupts:
         if call == 11 and rank == 0:
             os.kill(os.getpid(), signal.SIGUSR1)
         said.append([interrupts.agree(wish, wait=call in (4, 12)), interrupts.stop])
-pathlib.Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(said))
+pathlib.Path(__file__).with_name(f"{rank}.json").write_text(json.dumps(said))
 distributed.barrier()
 distributed.destroy_process_group()
 """
@@ -223,7 +224,7 @@ distributed.destroy_process_group()
 def test_all_agree(tmp_path, world):
     """All processes get the same answers at the same calls: one call late, or at once with wait."""
     if world == 2:
-        assert [ended[0] for ended in launch(tmp_path, AGREE)] == [0, 0]
+        together.programs(world, tmp_path, AGREE)
     else:
         result = torchrun(tmp_path, world, AGREE)
         assert result.returncode == 0, result.stderr
@@ -236,7 +237,7 @@ def test_all_agree(tmp_path, world):
 
 # The first process wishes until it is met, as train.py does for a checkpoint every so many minutes.
 STANDING = """
-import json, os, pathlib, sys
+import json, os, pathlib
 import runtime
 from torch import distributed
 from interrupts import Interrupts
@@ -249,7 +250,7 @@ with Interrupts(world) as interrupts:
         if interrupts.agree(rank == 0 and bool(due) and call >= due[0]):
             saved.append(call)
             due = due[1:] if due and call >= due[0] else due
-pathlib.Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(saved))
+pathlib.Path(__file__).with_name(f"{rank}.json").write_text(json.dumps(saved))
 distributed.barrier()
 distributed.destroy_process_group()
 """
@@ -257,7 +258,7 @@ distributed.destroy_process_group()
 
 def test_a_standing_wish_is_met_once(tmp_path):
     """A checkpoint that is due until it is written is written once, not at two steps in a row."""
-    assert [ended[0] for ended in launch(tmp_path, STANDING)] == [0, 0]
+    together.programs(2, tmp_path, STANDING)
     said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert said[0] == said[1] and len(said[0]) == 2
 

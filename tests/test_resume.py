@@ -60,11 +60,15 @@ def command(pictures, tmp_path):
     return ["--data", pictures, "--output", tmp_path / "run", *TINY]
 
 
-@pytest.fixture
-def undisturbed(pictures, tmp_path):
-    """The header of the same run left alone, and what metrics.json holds of it."""
-    assert call("--data", pictures, "--output", tmp_path / "undisturbed", *TINY) == 0
-    return outcome(tmp_path / "undisturbed")
+@pytest.fixture(scope="module")
+def undisturbed(make_folder, tmp_path_factory):
+    """The outcome of the same run left alone, on pictures of its own."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    pictures = make_folder(folder / "pictures", {"train": 13, "val": 5}, size=(12, 12))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(options, "RUNS", folder)
+        assert call("--data", pictures, "--output", folder / "run", *TINY) == 0
+    return outcome(folder / "run")
 
 
 TIMES = {"seconds", "images_per_second"}
@@ -364,6 +368,7 @@ def test_threads_are_restored(command, undisturbed, tmp_path, monkeypatch, capsy
     [
         ["--model", "torchvision/mobilenet_v3_small"],  # batch norm and dropout
         ["--optimizer", "sgd", "--clip", "1", "--accumulate", "2", "--val", "0"],
+        ["--threads", "2"],  # the other tests have one
         ["--precision", "bf16", "--schedule", "constant", "--keep", "all"],
     ],
 )
