@@ -28,7 +28,7 @@ README = (options.ROOT / "README.md").read_text()
 def clone(tmp_path_factory):
     """A copy of the repository with this environment as .venv, and three tiny sets on disk.
 
-    Recipes that would take long are cut to an epoch, and that of the digits to two.
+    Recipes that would take long are cut to an epoch, and that of the digits to two of few steps.
     """
     root = tmp_path_factory.mktemp("clone")
     for name in ("recipes", "scripts"):
@@ -38,7 +38,8 @@ def clone(tmp_path_factory):
     shutil.copy(options.ROOT / "Makefile", root)
     for name, epochs in (("digits", 2), ("cifar10", 1), ("mnist", 1), ("tutorial", 1)):
         recipe = root / "recipes" / f"{name}.yaml"
-        recipe.write_text(re.sub("epochs: .*", f"epochs: {epochs}", recipe.read_text()))
+        text = re.sub("epochs: .*", f"epochs: {epochs}", recipe.read_text())
+        recipe.write_text(re.sub("batch-size: 32$", "batch-size: 256", text, flags=re.MULTILINE))
     (root / ".venv").mkdir()
     for name in ("bin", "lib", "pyvenv.cfg"):
         if (Path(sys.prefix) / name).exists():
@@ -206,7 +207,8 @@ def test_two_processes_stop_together(clone, make_folder):
         said = together.scripts(2, clone, "train", words, status=2)
         assert said.count("error: ") == 1 and named in said and "Traceback" not in said
     result = subprocess.run(
-        "OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 scripts/train.py --data torn",
+        "OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 scripts/train.py --data torn "
+        "--model lenet",
         shell=True,
         cwd=clone,
         capture_output=True,
@@ -297,7 +299,7 @@ def test_a_signal_to_all_processes(clone, make_folder, name, times, status):
 def processes_of(clone, run, count):
     """torchrun with so many processes that train into runs/<run>, once they have saved."""
     command = f".venv/bin/torchrun --nproc-per-node {count} --max-restarts 1 scripts/train.py"
-    command += f" --data digits --epochs 8 --save-every 10 --output runs/{run}"
+    command += f" --data digits --epochs 8 --batch-size 32 --save-every 10 --output runs/{run}"
     env = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     launcher = subprocess.Popen(
         command.split(),

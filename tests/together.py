@@ -40,7 +40,7 @@ def _run(count, folder, status, function, *arguments):
         processes.append(forked.Process(target=_member, args=words))
         processes[-1].start()
     for process in processes:
-        process.join(60)
+        process.join(120)
         process.kill()
         process.join()
     said = "".join((folder / f"{rank}.said").read_text() for rank in range(count))
