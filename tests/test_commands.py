@@ -60,7 +60,7 @@ def clone(tmp_path_factory):
 
 def shell(command, cwd, status=0, threads="1"):
     """Run a command without a network; threads: None for as many as a user gets."""
-    ours = ("OMP_", "ACCELERATE_", "MAKE")  # make check's own settings are not a user's
+    ours = ("OMP_", "ACCELERATE_", "MAKE", "VENV")  # make check's own settings are not a user's
     env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     env |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     if threads:
