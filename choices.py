@@ -166,11 +166,12 @@ def parse_schedule(text: str) -> tuple[str, list]:
         epochs = [number(float, 0, above=True)(word) for word in words[0].split(",")]
         if sorted(set(epochs)) != epochs:
             raise ArgumentTypeError(f"{text!r}: its epochs do not rise")
-        return name, [epochs, number(float, 0, above=True)(words[1])]
+        return name, [epochs, number(float, 0, 1, above=True)(words[1])]
     if name == "plateau":
         return name, [number(float, 0, 1, above=True)(words[0]), number(int, 0)(words[1])]
-    least = {"restarts": 1}.get(name, 0)  # cycles that shrank would never end
-    kinds = [number(float, 0, above=True), number(float, least, above=not least)]
+    # Cycles that shrank, or took no time, would never end.
+    factor = number(float, 1, 100) if name == "restarts" else number(float, 0, 1, above=True)
+    kinds = [number(float, 0.01), factor]
     return name, [kind(word) for kind, word in zip(kinds, words, strict=False)]
 
 

@@ -49,9 +49,9 @@ def build_parser(description: str = "") -> options.Parser:
     help = "of the pictures that lose a rectangle (random erasing)"
     add("--erase", metavar="SHARE", type=share, default=0.0, help=help)
     help = "mix pictures in pairs, the more evenly the larger (0.2)"
-    add("--mixup", metavar="ALPHA", type=number(float, 0), default=0.0, help=help)
+    add("--mixup", metavar="ALPHA", type=alpha, default=0.0, help=help)
     help = "replace a rectangle by another picture's (1)"
-    add("--cutmix", metavar="ALPHA", type=number(float, 0), default=0.0, help=help)
+    add("--cutmix", metavar="ALPHA", type=alpha, default=0.0, help=help)
 
     add = parser.add_argument_group("network").add_argument
     add("--model", help="one of `python model.py`, a timm name, or torchvision/NAME")
@@ -154,6 +154,12 @@ def fold(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} is no fold like 2/5")
     number(int, 1, number(int, 2)(parts))(part)
     return text
+
+
+def alpha(text: str) -> float:
+    """An argparse type: 0, or a parameter that a Beta distribution can be drawn with."""
+    value = number(float, 0, 100)(text)
+    return value and number(float, 0.01)(text)
 
 
 def class_weights(text: str) -> str:

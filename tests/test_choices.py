@@ -133,7 +133,8 @@ def test_stale():
 @pytest.mark.parametrize(
     "text",
     "cosin step step:x step:0 step:3:0.1:4 multistep:5,5 multistep:6,5:0.1 restarts:0"
-    " restarts:5:0.5 plateau:2:3 plateau:0.1:x linear:3 onecycle:1".split(),
+    " restarts:5:0.5 plateau:2:3 plateau:0.1:x linear:3 onecycle:1"
+    " step:1e-300 restarts:1e-300:1 step:2:3".split(),
 )
 def test_schedules_that_are_none(text):
     """A schedule that cannot be is refused when it is parsed, and says what is wrong with it."""

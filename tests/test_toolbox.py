@@ -189,6 +189,7 @@ def test_what_was_interrupted_ends_alike(plain, tmp_path, monkeypatch, words):
         (["--loss", "hinge"], "--loss"),
         (["--ema", "1"], "--ema"),
         (["--mixup", "-1"], "--mixup"),
+        (["--cutmix", "1e-300"], "--cutmix"),
         (["--metric", "f1", "--keep", "last"], "--metric"),
         (["--overfit", "5000"], "there are 1437 training pictures"),
         (["--optimizer", "muon", "--momentum", "1"], "--optimizer muon"),
