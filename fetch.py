@@ -141,7 +141,8 @@ def _search(sources: list[str], file: str, checks: dict, patience: float) -> dic
 
     def ask(source):
         try:
-            _open(source + file, checks, 0, patience)[0].close()
+            # Longer than the deadline below, which alone says that there was no answer.
+            _open(source + file, checks, 0, patience + GRACE)[0].close()
             replies.put((source, ""))
         except Left as error:
             replies.put((source, str(error)))
