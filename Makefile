@@ -48,7 +48,7 @@ help:
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.version_info < (3, 10) and sys.exit("error: Python 3.10 or later is needed: give PYTHON=python3.12, say")'
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("error: Python 3.11 or later is needed: give PYTHON=python3.12, say")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	@touch $@
