@@ -53,8 +53,8 @@ $(VENV)/.ready: requirements.txt
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	@touch $@
 
-$(VENV)/.ready-dev: requirements-dev.txt $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+$(VENV)/.ready-dev: requirements/dev.txt $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet -r requirements/dev.txt
 	@touch $@
 
 data: setup

@@ -1,70 +1,13 @@
-"""What every command shares: options, --config files, and errors in one line.
-
-A command is `main(argv=None)`; `options.run(main)` turns what it raises into one line on standard
-error and an exit status: 2 for what the user can mend, 1 for causes outside.
-"""
+"""The command line: a parser whose errors are one line, --config files, and shared options."""
 
 import argparse
-import contextlib
-import difflib
 import os
 import shlex
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
-RUNS = ROOT / "runs"
-RECIPES = ROOT / "recipes"
-
-
-class UserError(Exception):
-    """Something the user did, in one line with the remedy; exit status 2."""
-
-    status = 2
-
-
-class OutsideError(UserError):
-    """Something that failed outside (disk, network, a peer), in one line; exit status 1."""
-
-    status = 1
-
-
-def run(main, argv=None) -> int:
-    """Call main(argv) and return the exit status; the known failures become one line each.
-
-    main may return an exit status of its own.
-    """
-    for stream in (sys.stdout, sys.stderr):  # file names need not be UTF-8
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="surrogateescape", line_buffering=True)
-    try:
-        status = main(argv) or 0
-        sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
-        return status
-    except UserError as error:
-        # Every process of a run meets a user's mistake alike: the first one says it.
-        if error.status != 2 or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return error.status
-    except BrokenPipeError:  # `predict.py … | head`: the reader has seen enough
-        _drop_output()
-        return 1
-    except OSError as error:
-        _drop_output()
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-
-
-def _drop_output() -> None:
-    """Let Python's own flush at exit succeed, whatever standard output is."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        return
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+from lenslet import files
+from lenslet.errors import UserError, nearest
 
 
 def command(script: str, *words) -> str:
@@ -72,21 +15,13 @@ def command(script: str, *words) -> str:
     python = os.path.relpath(sys.executable)
     parts = [
         sys.executable if python.startswith("..") else python,
-        ROOT / "scripts" / script,
+        files.ROOT / "scripts" / script,
         *words,
     ]
     return shlex.join(
         os.path.relpath(p) if isinstance(p, Path) and p.is_relative_to(Path.cwd()) else str(p)
         for p in parts
     )
-
-
-def nearest(word: str, known) -> str:
-    """' (did you mean x?)' for a misspelt word, or '' where nothing is near."""
-    known = list(known)
-    begun = [other for other in known if other.startswith(word)]
-    close = begun if len(begun) == 1 else difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,7 +48,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def parser(description: str) -> Parser:
+def create_parser(description: str) -> Parser:
     """A command's parser; description is its module docstring."""
     return Parser(description=description, allow_abbrev=False, formatter_class=Formatter)
 
@@ -141,9 +76,9 @@ def find_config(name: str) -> Path:
     """A --config file, or the recipe of that name."""
     path = Path(name)
     if not path.is_file() and path.name == name:
-        path = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+        path = files.RECIPES / f"{name.removesuffix('.yaml')}.yaml"
     if not path.is_file():
-        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        known = sorted(p.stem for p in files.RECIPES.glob("*.yaml"))
         raise UserError(
             f"--config {name}: no such file or recipe{nearest(name, known)}; "
             f"the recipes are {', '.join(known)}"
@@ -213,7 +148,7 @@ def number(kind, least, most=float("inf"), above=False):
     return convert
 
 
-def duration(text: str) -> float:
+def parse_duration(text: str) -> float:
     """Seconds of '90s', '5m' or '2h', as an argparse type."""
     amount, unit = text[:-1], {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
     if not unit:
@@ -221,19 +156,19 @@ def duration(text: str) -> float:
     return number(float, 0, above=True)(amount) * unit
 
 
-def interval(text: str) -> str:
+def steps_or_time(text: str) -> str:
     """An argparse type: a number of steps, or a duration(); as it was written."""
-    number(int, 1)(text) if text.isdecimal() else duration(text)
+    number(int, 1)(text) if text.isdecimal() else parse_duration(text)
     return text
 
 
-def span(text: str) -> str:
+def time_span(text: str) -> str:
     """An argparse type: a duration(), as it was written."""
-    duration(text)
+    parse_duration(text)
     return text
 
 
-def portion(text: str) -> str:
+def steps_or_percent(text: str) -> str:
     """An argparse type: a number of steps (500) or a share of all (20%), as it was written."""
     number(float, 0, 100)(text[:-1]) if text.endswith("%") else number(int, 0)(text)
     return text

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from dataset import on_device
-from interrupts import Interrupts
-from transforms import Prepare
+from lenslet.data.batches import on_device
+from lenslet.data.prepare import Prepare
+from lenslet.distributed.interrupts import Interrupts
 
 COLUMNS = ("index", "label", "predicted", "in_top5", "probability", "loss")
 

@@ -37,24 +37,28 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import _root  # noqa: F401
-import checkpoint
-import choices
-import dataset
-import images as pictures
-import metrics
-import options
-import run_folder
-import runtime
-from folders import find_folder
-from model import create_model
-from options import ROOT, UserError, number
-from transforms import Prepare, augment
+from lenslet import files
+from lenslet.cli import create_parser, number, parse, time_span
+from lenslet.data import sets
+from lenslet.data.augment import augment
+from lenslet.data.batches import Data, ImageBatches, Split
+from lenslet.data.layout import find_folder
+from lenslet.data.load import choose_data, load
+from lenslet.data.prepare import Prepare
+from lenslet.distributed.start import create_accelerator, device_time, start_processes
+from lenslet.errors import UserError, nearest, run_main
+from lenslet.files import atomic_write
+from lenslet.grid import encode_png
+from lenslet.runs import folder as run_folder
+from lenslet.training.optimizers import create_optimizer
+from lenslet.weights import read_header
+from model import TutorialCNN, create_model
 
 
 class PerPicture(torch.utils.data.Dataset):
     """Pictures in memory as torchvision's CIFAR10 gives them: one by one, by PIL and ToTensor."""
 
-    def __init__(self, split: dataset.Split):
+    def __init__(self, split: Split):
         from torchvision.transforms import ToTensor
 
         self.arrays = split.pixels(torch.arange(len(split))).permute(0, 2, 3, 1).numpy()
@@ -76,11 +80,9 @@ def tutorial_loop(name: str, epochs: int) -> list[tuple[float, float]]:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import ToTensor
 
-    from model import TutorialCNN
-
     torch.manual_seed(0)
-    if dataset.is_set(name):
-        splits = dataset.load(name, ["train", "test"], val=0).splits
+    if sets.is_set(name):
+        splits = load(name, ["train", "test"], val=0).splits
         train, test = PerPicture(splits["train"]), PerPicture(splits["test"])
     else:
         folder = find_folder(name)
@@ -111,7 +113,7 @@ def tutorial_loop(name: str, epochs: int) -> list[tuple[float, float]]:
 
 def run_command(script: str, *words) -> None:
     """A command of scripts/, without what it prints."""
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, words)]
+    command = [sys.executable, str(files.ROOT / "scripts" / script), *map(str, words)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -121,7 +123,7 @@ def trained(args, *words) -> dict:
     run_command("train.py", "--data", args.data, "--no-resume", *words)
     seconds = time.perf_counter() - began
     run = run_folder.latest_weights().parent
-    header = checkpoint.read_header(run / "model.safetensors")
+    header = read_header(run / "model.safetensors")
     run_command("test.py", *(["--tta"] if header["options"]["augment"] != "none" else []))
     report = json.loads((run / "report/metrics.json").read_text())
     return {
@@ -169,9 +171,9 @@ def bench_accuracy(args) -> dict:
     return {"runs": runs, "seconds_to": seconds_to}
 
 
-def sample(args, folder: Path, count: int) -> dataset.Data:
+def sample(args, folder: Path, count: int) -> Data:
     """A few of the data set's training pictures, those of all classes in turn, as a folder."""
-    data = dataset.load(args.data, ["train"], val=0)
+    data = load(args.data, ["train"], val=0)
     part = data.splits["train"]
     if not part.in_memory:
         raise UserError(f"--data {args.data}: `step` needs pictures of up to 64 pixels")
@@ -179,8 +181,8 @@ def sample(args, folder: Path, count: int) -> dataset.Data:
     for i, image in zip(chosen.tolist(), part.pixels(chosen), strict=True):
         path = folder / "train" / data.classes[part.labels[i]] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pictures.encode_png(image))
-    return dataset.load(str(folder), ["train"], val=0)
+        path.write_bytes(encode_png(image))
+    return load(str(folder), ["train"], val=0)
 
 
 def product_speed(device, precision: str) -> float:
@@ -188,15 +190,15 @@ def product_speed(device, precision: str) -> float:
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     a = torch.randn(4096, 4096, device=device, dtype=kind)
     a @ a
-    began = runtime.now(device)
+    began = device_time(device)
     for _ in range(5):
         a @ a
-    return 5 * 2 * 4096**3 / (runtime.now(device) - began)
+    return 5 * 2 * 4096**3 / (device_time(device) - began)
 
 
 def bench_step(args, batch=256, steps=10) -> dict:
     """Steps of the fast network, and of ResNet-18 fitted to small pictures."""
-    accelerator = runtime.accelerator("auto")
+    accelerator = create_accelerator("auto")
     device, precision = accelerator.device, accelerator.mixed_precision
     products, result = [product_speed(device, precision)], {}
     with tempfile.TemporaryDirectory() as folder:
@@ -221,15 +223,15 @@ def compare_steps(name, data, batch, count, folder, accelerator) -> dict:
     size = {"classes": len(data.classes), "channels": data.channels, "size": data.image_size}
     network = create_model(name, **size).to(device, memory_format=torch.channels_last)
     prepare = Prepare([0.5] * data.channels, [0.25] * data.channels, network.input_size).to(device)
-    optimizer = choices.create_optimizer("sgd", network, 0.01, 0.9, 0.0)
+    optimizer = create_optimizer("sgd", network, 0.01, 0.9, 0.0)
     images = prepare(part.pixels(torch.arange(batch)).to(device))
     labels, index = part.labels[:batch].to(device), torch.arange(batch, device=device)
-    loader, pick = data.loader("train", 4 * batch), dataset.Pictures(part, data)
+    loader, pick = data.loader("train", 4 * batch), ImageBatches(part, data)
 
     def seconds(work) -> float:
-        began = runtime.now(device)
+        began = device_time(device)
         work()
-        return runtime.now(device) - began
+        return device_time(device) - began
 
     def forward():
         with accelerator.autocast():
@@ -256,7 +258,7 @@ def compare_steps(name, data, batch, count, folder, accelerator) -> dict:
         prepare(augment(pick[0, range(batch)][0].to(device), "standard", False, 0, 0, index))
 
     def evaluate():
-        metrics.evaluate(network, loader, prepare, accelerator)
+        evaluate(network, loader, prepare, accelerator)
 
     bare()
     rounds = []
@@ -304,7 +306,7 @@ def bench_photos(args) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         name = args.photos or generate_photos(Path(temporary))
         resize = Compose([Resize(256), CenterCrop(224), ToTensor()])
-        data = dataset.load(name, ["train"], val=0)
+        data = load(name, ["train"], val=0)
         folder = ImageFolder(find_folder(name) / "train", resize)
         loaders = {
             "torchvision": torch.utils.data.DataLoader(folder, 8, num_workers=args.workers),
@@ -321,7 +323,7 @@ def bench_photos(args) -> dict:
         differences = []
         for i in range(0, len(part), max(1, len(part) // 50)):
             if part.images[i] in rows:  # torchvision leaves out GIF files
-                mine = dataset.Pictures(part, data)[0, [i]][0][0].float()
+                mine = ImageBatches(part, data)[0, [i]][0][0].float()
                 theirs = folder[rows[part.images[i]]][0] * 255
                 differences.append((mine - theirs).abs().mean().item())
     ratios = [b / a for a, b in zip(*speeds.values(), strict=True)]
@@ -341,7 +343,7 @@ def bench_predict(args) -> dict:
     samples = sorted((run / "samples").glob("*.png"))
     if not samples:
         raise UserError(f"{run} has no samples: run `make test` first")
-    script, many = ROOT / "scripts" / "predict.py", 2000
+    script, many = files.ROOT / "scripts" / "predict.py", 2000
     sides = {
         "predict": [sys.executable, script, samples[0]],
         "import_torch": [sys.executable, "-c", "import torch"],
@@ -416,7 +418,7 @@ PARTS = {
 
 
 def main(argv=None):
-    parser = options.parser(__doc__)
+    parser = create_parser(__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {' '.join(PARTS)} (all)")
     parser.add_argument("--data", help="a set or folder (default: cifar10)")
     parser.add_argument("--photos", metavar="DIR", help="a folder of photographs for `photos`")
@@ -425,28 +427,28 @@ def main(argv=None):
     parser.add_argument("--workers", type=number(int, 0), default=2, help="of photos")
     help = "what `accuracy` trains for"
     times = ["10s", "20s", "40s", "80s"]
-    parser.add_argument("--times", type=options.span, nargs="+", default=times, help=help)
+    parser.add_argument("--times", type=time_span, nargs="+", default=times, help=help)
     help = "accuracies, 0..1, whose training time `accuracy` looks for"
     targets = [0.6, 0.7, 0.8]
     parser.add_argument(
         "--targets", type=number(float, 0, 1), nargs="+", default=targets, help=help
     )
-    args = options.parse(parser, argv)
+    args = parse(parser, argv)
     for part in args.parts:
         if part not in PARTS:
-            raise UserError(f"{part}: no such part{options.nearest(part, PARTS)} (see --help)")
-    runtime.launch()
-    args.data = dataset.choose(args.data)
+            raise UserError(f"{part}: no such part{nearest(part, PARTS)} (see --help)")
+    start_processes()
+    args.data = choose_data(args.data)
     result = {"machine": describe_machine(), "data": args.data}
     for part in args.parts or PARTS:
         print(f"measuring: {part}", flush=True)
         result[part] = PARTS[part](args)
         print(table({part: result[part]}), flush=True)
-        options.RUNS.mkdir(exist_ok=True)
-        checkpoint.atomic_write(options.RUNS / "bench.json", json.dumps(result, indent=1))
+        files.RUNS.mkdir(exist_ok=True)
+        atomic_write(files.RUNS / "bench.json", json.dumps(result, indent=1))
     print(table({"machine": result["machine"]}))
-    print(f"all figures: {options.RUNS / 'bench.json'}")
+    print(f"all figures: {files.RUNS / 'bench.json'}")
 
 
 if __name__ == "__main__":
-    sys.exit(options.run(main))
+    sys.exit(run_main(main))

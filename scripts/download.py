@@ -20,13 +20,13 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 import _root  # noqa: F401
-import options
-import sources
-from options import UserError
+from lenslet.cli import create_parser
+from lenslet.data import sets
+from lenslet.errors import UserError, run_main
 
 
 def main(argv=None):
-    parser = options.parser(__doc__)
+    parser = create_parser(__doc__)
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help="data sets to fetch")
     add("--source", metavar="URL-or-file-or-folder", help="of the archives (default: public ones)")
@@ -38,19 +38,19 @@ def main(argv=None):
     if target and target.exists() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"--export {target}: exists and is not an empty folder")
     for name in args.names:
-        sources.lookup(name)  # a misspelt name ends the command before any download
+        sets.lookup(name)  # a misspelt name ends the command before any download
     for name in args.names:
-        folder = sources.ensure(name, args.source)
+        folder = sets.ensure(name, args.source)
         if target:
             export(folder, target)
         counts = {}
-        for split in sources.SPLITS:
+        for split in sets.SPLITS:
             with safe_open(folder / f"{split}.safetensors", "pt") as file:
                 counts[split], *shape = file.get_slice("images").get_shape()
         print(
             f"{name} is in {target or folder}: {counts['train']} training and {counts['test']} "
             f"test pictures of {'×'.join(map(str, shape))}, "
-            f"{len(sources.SETS[name]['classes'])} classes; next: make train DATA={target or name}"
+            f"{len(sets.SETS[name]['classes'])} classes; next: make train DATA={target or name}"
         )
 
 
@@ -59,7 +59,7 @@ def export(folder: Path, target: Path) -> None:
     target = target.resolve()
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        for split in sources.SPLITS:
+        for split in sets.SPLITS:
             with safe_open(folder / f"{split}.safetensors", "pt") as file:
                 images, labels = file.get_tensor("images"), file.get_tensor("labels")
                 names = json.loads(file.metadata()["classes"])
@@ -79,4 +79,4 @@ def export(folder: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(options.run(main))
+    sys.exit(run_main(main))

@@ -14,18 +14,22 @@ from functools import partial
 from pathlib import Path
 
 import _root  # noqa: F401
-import launch
-import options
-import run_folder
-import settings
-from checkpoint import atomic_write
-from options import OutsideError, UserError, number
+from lenslet import files
+from lenslet.cli import Parser, create_parser, number, parse
+from lenslet.data.load import choose_data
+from lenslet.errors import OutsideError, UserError, run_main
+from lenslet.files import atomic_write
+from lenslet.runs import folder as run_folder
+from lenslet.runs import launch
+from lenslet.runs.run import differences
+from lenslet.training import options
+from lenslet.training.options import complete, run_name
 
 FIGURES = ("val_accuracy", "val_f1", "val_loss")
 
 
-def build_parser() -> options.Parser:
-    parser = options.parser(__doc__)
+def build_parser() -> Parser:
+    parser = create_parser(__doc__)
     add = parser.add_argument
     add("--folds", metavar="K", type=number(int, 2), default=5, help="how many")
     help = "of each training"
@@ -36,27 +40,25 @@ def build_parser() -> options.Parser:
 
 def main(argv=None) -> int:
     args, words = build_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
-    parser = settings.build_parser()
-    typed = options.parse(parser, words)
+    parser = options.build_parser()
+    typed = parse(parser, words)
     for option in ("fold", "overfit", "resume"):
         if getattr(typed, option):
             raise UserError(f"--{option} is of one training; leave it out for folds")
     # Mistakes end here, before the first training.
-    settings.complete(parser, typed, words, typed.data or "cifar10")
-    import dataset
-    import recovery
+    complete(parser, typed, words, typed.data or "cifar10")
 
-    words += ["--data", dataset.choose(typed.data)]
+    words += ["--data", choose_data(typed.data)]
     summaries = []
     for k in range(1, args.folds + 1):
         mine = [*words, "--fold", f"{k}/{args.folds}"]
-        wanted = settings.complete(parser, options.parse(parser, mine), mine, words[-1])
-        name = settings.run_name(wanted).rpartition("-fold-")[0]
-        folder = Path(args.output or options.RUNS / f"{name}-{args.folds}-folds")
+        wanted = complete(parser, parse(parser, mine), mine, words[-1])
+        name = run_name(wanted).rpartition("-fold-")[0]
+        folder = Path(args.output or files.RUNS / f"{name}-{args.folds}-folds")
         fold = folder / f"fold-{k}"
-        run = finished(fold, partial(recovery.differences, parser, args=wanted))
+        run = finished(fold, partial(differences, parser, args=wanted))
         if not run:
-            status = launch.train([*mine, "--output", fold], args.processes)
+            status = launch.run_training([*mine, "--output", fold], args.processes)
             if status in (2, 130, 143):  # which it has told about
                 return status
             if status:
@@ -95,4 +97,4 @@ def finished(folder: Path, compare=lambda run: "") -> Path | None:
 
 
 if __name__ == "__main__":
-    sys.exit(options.run(main))
+    sys.exit(run_main(main))

@@ -16,19 +16,20 @@ from pathlib import Path
 import torch
 
 import _root  # noqa: F401
-import checkpoint
-import images as pictures
-import options
-import run_folder
-from options import UserError, number
+from lenslet.cli import Parser, add_weights_option, create_parser, number, parse
+from lenslet.data.decode import UnreadableImage, read_image
+from lenslet.data.layout import find_images
+from lenslet.errors import UserError, run_main
+from lenslet.runs import folder as run_folder
+from model import load_model
 
 BATCH = 64  # pictures
 
 
-def build_parser() -> options.Parser:
-    parser = options.parser(__doc__)
+def build_parser() -> Parser:
+    parser = create_parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or patterns")
-    options.add_weights_option(parser)
+    add_weights_option(parser)
     parser.add_argument(
         "--top", type=number(int, 1), default=1, metavar="K", help="likeliest classes (default: 1)"
     )
@@ -44,7 +45,7 @@ def find(words: list[str]) -> list[str]:
     found = []
     for word in words:
         if Path(word).is_dir():
-            files = [str(path) for path in pictures.find_images(word)[0]]
+            files = [str(path) for path in find_images(word)[0]]
         elif not Path(word).exists() and glob.has_magic(word):
             files = [f for f in sorted(glob.glob(word, recursive=True)) if Path(f).is_file()]
         else:
@@ -62,11 +63,11 @@ def predict(model, prepare, header: dict, files: list[str]):
         read, batch = [], files[start : start + BATCH]
         for file in batch:
             try:
-                pixels = pictures.read_image(
+                pixels = read_image(
                     file, header["channels"], tuple(header["image_size"]), header["crop"]
                 )
                 read.append(torch.from_numpy(pixels).permute(2, 0, 1))
-            except pictures.UnreadableImage as error:
+            except UnreadableImage as error:
                 print(f"error: {error}", file=sys.stderr)
                 read.append(None)
         seen = [image for image in read if image is not None]
@@ -76,9 +77,9 @@ def predict(model, prepare, header: dict, files: list[str]):
 
 
 def main(argv=None) -> int:
-    args = options.parse(build_parser(), argv)
+    args = parse(build_parser(), argv)
     files = find(args.images)
-    model, prepare, header = checkpoint.load_model(args.weights or run_folder.latest_weights())
+    model, prepare, header = load_model(args.weights or run_folder.latest_weights())
     classes = header["classes"]
     top = min(args.top, len(classes))
     rows = csv.writer(sys.stdout, lineterminator="\n")
@@ -109,4 +110,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(options.run(main))
+    sys.exit(run_main(main))

@@ -13,15 +13,17 @@ import tempfile
 from pathlib import Path
 
 import _root  # noqa: F401
-import checkpoint
-import launch
-import options
-import run_folder
-from options import OutsideError, UserError
+from lenslet.cli import Parser, as_yaml, create_parser, parse
+from lenslet.distributed.determinism import environment
+from lenslet.distributed.start import cores, start_processes
+from lenslet.errors import OutsideError, UserError, run_main
+from lenslet.runs import folder as run_folder
+from lenslet.runs import launch
+from lenslet.weights import read_header
 
 
-def build_parser() -> options.Parser:
-    parser = options.parser(__doc__)
+def build_parser() -> Parser:
+    parser = create_parser(__doc__)
     parser.add_argument("weights", nargs="?", help="a run's model.safetensors (default: newest)")
     help = "a folder with the same pictures (default: where they were)"
     parser.add_argument("--data", metavar="DIR", help=help)
@@ -43,29 +45,28 @@ def words_for(weights: Path, header: dict, args, config: Path) -> list:
 
 
 def main(argv=None) -> int:
-    args = options.parse(build_parser(), argv)
+    args = parse(build_parser(), argv)
     weights = Path(args.weights) if args.weights else run_folder.latest_weights()
-    header = checkpoint.read_header(weights)
+    header = read_header(weights)
     if "digests" not in header:
         raise UserError(f"{weights}: written before digests were kept; nothing to compare with")
     args.output = args.output or f"{weights.resolve().parent}-reproduced"
-    import runtime
 
     # What may make a difference, before it is waited for.
-    runtime.launch(header["threads"])
-    for key, now in runtime.circumstances(header["precision"]).items():
+    start_processes(header["threads"])
+    for key, now in environment(header["precision"]).items():
         before = header[key]
         if key != "processes" and before != now:  # as many processes as then are started below
             print(f"{key} was {before}, is {now}: the bits may differ")
-    if header["threads"] > runtime.cores():
-        print(f"{header['threads']} threads, as then, though there are {runtime.cores()} cores")
+    if header["threads"] > cores():
+        print(f"{header['threads']} threads, as then, though there are {cores()} cores")
 
     # Train.
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "options.yaml"
-        config.write_text(options.as_yaml(header["options"]))
+        config.write_text(as_yaml(header["options"]))
         words = words_for(weights, header, args, config)
-        status = launch.train(words, header["processes"], header["threads"])
+        status = launch.run_training(words, header["processes"], header["threads"])
     if status in (2, 130, 143):  # which it has told about
         return status
     if status and not header["options"].get("overfit"):  # where 1 is a verdict
@@ -89,4 +90,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(options.run(main))
+    sys.exit(run_main(main))

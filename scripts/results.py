@@ -1,4 +1,4 @@
-"""Draw the README's plot, recipes/accuracy.svg, from the stored results: needs matplotlib.
+"""Draw the README's plot, results/accuracy.svg, from the stored results: needs matplotlib.
 
 python scripts/plot.py
 """
@@ -9,20 +9,21 @@ import json
 import sys
 
 import _root  # noqa: F401
-import options
-from checkpoint import atomic_write
-from options import OutsideError
+from lenslet import files
+from lenslet.cli import create_parser, parse
+from lenslet.errors import OutsideError, run_main
+from lenslet.files import atomic_write
 
 
 def main(argv=None):
-    options.parse(options.parser(__doc__), argv)
+    parse(create_parser(__doc__), argv)
     try:
         import matplotlib
         from matplotlib import pyplot
     except ImportError as error:
         raise OutsideError("matplotlib is not here: `make check` installs it") from error
 
-    stored = (options.RECIPES / "results.json").read_bytes()
+    stored = (files.RESULTS / "results.json").read_bytes()
     curves = json.loads(stored)["accuracy_against_seconds"]
     matplotlib.use("svg")
     pyplot.rcParams.update({"svg.hashsalt": "lenslet", "font.size": 9})
@@ -41,9 +42,9 @@ def main(argv=None):
     # The digest tells a test whether the picture is of these results.
     about = {"Date": None, "Description": hashlib.sha256(stored).hexdigest()}
     figure.savefig(drawn, format="svg", metadata=about)
-    atomic_write(options.RECIPES / "accuracy.svg", drawn.getvalue())
-    print(f"drawn: {options.RECIPES / 'accuracy.svg'}")
+    atomic_write(files.RESULTS / "accuracy.svg", drawn.getvalue())
+    print(f"drawn: {files.RESULTS / 'accuracy.svg'}")
 
 
 if __name__ == "__main__":
-    sys.exit(options.run(main))
+    sys.exit(run_main(main))

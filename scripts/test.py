@@ -16,19 +16,36 @@ from pathlib import Path
 import torch
 
 import _root  # noqa: F401
-import checkpoint
-import dataset
-import images as pictures
-import options
-import run_folder
-from checkpoint import atomic_write
-from options import UserError, number
-from transforms import views
+from lenslet.cli import (
+    Parser,
+    add_running_options,
+    add_weights_option,
+    command,
+    create_parser,
+    number,
+    parse,
+)
+from lenslet.data.augment import tta_views
+from lenslet.data.batches import Data, ImageBatches
+from lenslet.data.decode import read_image
+from lenslet.data.load import load
+from lenslet.distributed.start import (
+    create_accelerator,
+    decoding_workers,
+    main_process_first,
+    start_processes,
+)
+from lenslet.errors import UserError, run_main
+from lenslet.files import atomic_write
+from lenslet.grid import draw_grid, encode_png
+from lenslet.metrics import evaluate, evaluation_batch, figures
+from lenslet.runs import folder as run_folder
+from model import load_model
 
 
-def build_parser() -> options.Parser:
-    parser = options.parser(__doc__)
-    options.add_weights_option(parser)
+def build_parser() -> Parser:
+    parser = create_parser(__doc__)
+    add_weights_option(parser)
     parser.add_argument(
         "--data", help="a set or folder with the same classes (default: trained on)"
     )
@@ -39,7 +56,7 @@ def build_parser() -> options.Parser:
     )
     help = "also average over shifted and mirrored copies, as far as training made such"
     parser.add_argument("--tta", action="store_true", help=help)
-    options.add_running_options(parser)
+    add_running_options(parser)
     return parser
 
 
@@ -72,14 +89,12 @@ def predictions_csv(rows: torch.Tensor, names: list[str], classes: list[str]) ->
     return text.getvalue()
 
 
-def report(args, weights: Path, header: dict, data: dataset.Data, split: str, rows, averaged):
+def report(args, weights: Path, header: dict, data: Data, split: str, rows, averaged):
     """Print the figures of an evaluation and write report/, samples/ and the TensorBoard pages.
 
     rows: from evaluate(); averaged: likewise with --tta, or None.
     """
     from torch.utils.tensorboard import SummaryWriter
-
-    from metrics import figures
 
     classes, part, epoch = data.classes, data.splits[split], header["epoch"]
     result = figures(rows, len(classes))
@@ -99,12 +114,12 @@ def report(args, weights: Path, header: dict, data: dataset.Data, split: str, ro
 
     # A look at pictures spread over the whole split, the wrong ones in red.
     shown = torch.linspace(0, len(part) - 1, min(32, len(part))).round().long()
-    images, labels, _ = dataset.Pictures(part, data)[0, shown.tolist()]
+    images, labels, _ = ImageBatches(part, data)[0, shown.tolist()]
     predicted = rows[shown, 2].long()
     names = zip(labels.tolist(), predicted.tolist(), strict=True)
     captions = [f"{classes[true]}\n-> {classes[guess]}" for true, guess in names]
-    grid = pictures.draw_grid(images, captions, (labels != predicted).tolist())
-    atomic_write(output / "report" / "predictions.png", pictures.encode_png(grid))
+    grid = draw_grid(images, captions, (labels != predicted).tolist())
+    atomic_write(output / "report" / "predictions.png", encode_png(grid))
     with SummaryWriter(output / "report") as writer:
         writer.add_image(f"{split}_predictions", grid, epoch)
         for key in ("loss", "top1", "top5", "macro_precision", "macro_recall", "macro_f1"):
@@ -118,11 +133,11 @@ def report(args, weights: Path, header: dict, data: dataset.Data, split: str, ro
         if part.in_memory:
             image = part.pixels(torch.tensor([i]))[0]
         else:
-            pixels = pictures.read_image(part.images[i], data.channels)
+            pixels = read_image(part.images[i], data.channels)
             image = torch.from_numpy(pixels).permute(2, 0, 1)
         name = classes[part.labels[i]].replace("/", "-")
         sample = output / "samples" / f"{k}-{name}.png"
-        atomic_write(sample, pictures.encode_png(image))
+        atomic_write(sample, encode_png(image))
 
     print(table(result, classes))
     print(
@@ -136,25 +151,23 @@ def report(args, weights: Path, header: dict, data: dataset.Data, split: str, ro
             f"top-5 {same['top5']:.2%}, loss {same['loss']:.4f}"
         )
     print(f"report: {output / 'report'}")
-    print(f"next: {options.command('predict.py', sample)}")
+    print(f"next: {command('predict.py', sample)}")
 
 
 def main(argv=None):
-    args = options.parse(build_parser(), argv)
+    args = parse(build_parser(), argv)
     weights = Path(args.weights) if args.weights else run_folder.latest_weights()
-    model, prepare, header = checkpoint.load_model(weights)
+    model, prepare, header = load_model(weights)
     # These take seconds to import, which mistakes need not wait for.
-    import runtime
-    from metrics import evaluate, evaluation_batch
 
     # Data: the test pictures, or the validation ones where there are none.  What was said for
     # training holds here too, unless it is said anew.
     trained = header["options"]
-    state = runtime.launch()
+    state = start_processes()
     kept = "no" if trained["precision"] == "no" else "auto"  # the device may be another one
-    accelerator = runtime.accelerator(args.precision, otherwise=kept)
+    accelerator = create_accelerator(args.precision, otherwise=kept)
     device, say = accelerator.device, accelerator.print
-    workers = runtime.workers(trained["workers"] if args.workers is None else args.workers)
+    workers = decoding_workers(trained["workers"] if args.workers is None else args.workers)
     reading = {
         "val": trained["val"],
         "fold": None if args.data else trained.get("fold"),
@@ -164,8 +177,8 @@ def main(argv=None):
         "workers": workers,
     }
     for split in ("test", "val"):
-        data = runtime.main_first(
-            state, lambda split=split: dataset.load(args.data or header["data"], [split], **reading)
+        data = main_process_first(
+            state, lambda split=split: load(args.data or header["data"], [split], **reading)
         )
         if data.splits:
             break
@@ -184,7 +197,7 @@ def main(argv=None):
         )
 
     def shown(images):
-        return views(images, trained["augment"], not data.splits[split].in_memory)
+        return tta_views(images, trained["augment"], not data.splits[split].in_memory)
 
     if args.tta and len(shown(torch.zeros(1, data.channels, 4, 4, dtype=torch.uint8))) == 1:
         raise UserError(
@@ -208,4 +221,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(options.run(main))
+    sys.exit(run_main(main))

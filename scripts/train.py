@@ -23,20 +23,46 @@ import torch
 from tqdm import tqdm
 
 import _root  # noqa: F401
-import checkpoint
-import choices
-import clock
-import dataset
-import losses
-import options
-import run_folder
-import settings
-import summary
-from dataset import on_device
-from diagnosis import advice, explosion, largest_gradient
-from model import add_dropout, create_model, head_of, network_defaults
-from options import UserError
-from transforms import Augment, Prepare, channel_statistics
+from lenslet import files
+from lenslet.cli import as_yaml, parse, stored
+from lenslet.data.augment import Augment
+from lenslet.data.batches import ImageBatches, on_device
+from lenslet.data.load import choose_data, load
+from lenslet.data.prepare import Prepare, channel_statistics
+from lenslet.distributed.determinism import (
+    compute_deterministically,
+    environment,
+    fix_reduction_order,
+    seed_step,
+)
+from lenslet.distributed.interrupts import Interrupts
+from lenslet.distributed.start import (
+    create_accelerator,
+    decoding_workers,
+    device_time,
+    from_main_process,
+    main_process_first,
+    start_processes,
+)
+from lenslet.errors import UserError, run_main
+from lenslet.files import atomic_write
+from lenslet.metrics import evaluate, evaluation_batch, figures, score
+from lenslet.runs import checkpoint
+from lenslet.runs import folder as run_folder
+from lenslet.runs.run import Saver, capture, differences, find_run, restore
+from lenslet.runs.summary import conclude, epoch_line, image_grid, introduce, metrics_json
+from lenslet.runs.tensorboard import TensorBoard
+from lenslet.training.clock import lay_out, measure_speed
+from lenslet.training.losses import class_weights, create_objective, image_weights
+from lenslet.training.meter import diverged, largest_gradient, memory_advice
+from lenslet.training.net import Freezer, average_buffers, create_ema, wrap_anew
+from lenslet.training.optimizers import create_optimizer, l1_penalty, second_order, seed_draws
+from lenslet.training.options import build_parser, check_with_data, complete, run_name, validates
+from lenslet.training.pretrained import fit, read_weights
+from lenslet.training.schedules import Schedule, epochs_without_progress
+from lenslet.training.watch import Watch
+from lenslet.weights import digest, encode, read_header
+from model import add_dropout, create_model, head_of, load_model, network_defaults
 
 
 def choose_statistics(args, data, loaded, network) -> list[list[float]]:
@@ -61,32 +87,26 @@ def choose_statistics(args, data, loaded, network) -> list[list[float]]:
 
 def main(argv=None):
     # Options: the command line over the recipe of the data set.
-    parser = settings.build_parser(__doc__)
-    typed = options.parse(parser, argv)
+    parser = build_parser(__doc__)
+    typed = parse(parser, argv)
     if typed.resume:
         run = run_folder.find(typed.resume)
-        typed = options.parse(parser, argv, recipe=run / "options.yaml")
+        typed = parse(parser, argv, recipe=run / "options.yaml")
 
-    args = settings.complete(parser, typed, argv, typed.data or "cifar10")
-    source = checkpoint.read_header(args.plan) if args.plan else None
+    args = complete(parser, typed, argv, typed.data or "cifar10")
+    source = read_header(args.plan) if args.plan else None
     if source and not source.get("plan"):
         raise UserError(f"--plan {args.plan}: written before plans were kept")
     if source and source["model"] != args.model:
         raise UserError(f"--plan {args.plan} is of {source['model']}, not of {args.model}")
     # These take seconds to import, which --help and a misspelt option need not wait for.
-    import recovery
-    import runtime
-    import transfer
-    from curves import Curves
-    from interrupts import Interrupts
-    from metrics import evaluate, evaluation_batch, figures, score
 
-    if args.resume and (different := recovery.differences(parser, run, args)):
+    if args.resume and (different := differences(parser, run, args)):
         raise UserError(f"--resume {run}: {different}; leave that out, or --resume")
-    state = runtime.launch(args.threads)
-    name = runtime.from_main(state, lambda: dataset.choose(typed.data))
+    state = start_processes(args.threads)
+    name = from_main_process(state, lambda: choose_data(typed.data))
     if not typed.data and name != "cifar10":
-        args = settings.complete(parser, typed, argv, name)
+        args = complete(parser, typed, argv, name)
     args.data = name
     rank, world = state.process_index, state.num_processes
     if args.batch_size % world:
@@ -99,26 +119,26 @@ def main(argv=None):
 
     # Accelerator.
     if args.deterministic:
-        runtime.compute_deterministically()
-    accelerator = runtime.accelerator(typed.precision, otherwise=args.precision)
+        compute_deterministically()
+    accelerator = create_accelerator(typed.precision, otherwise=args.precision)
     device, is_main, say = accelerator.device, accelerator.is_main_process, accelerator.print
 
     # Weights to begin with, and to learn from.
     tensors, loaded, teacher = {}, {}, None
     if args.pretrained:
-        tensors, loaded = runtime.main_first(
-            state, lambda: transfer.read_weights(args.pretrained, args.model)
+        tensors, loaded = main_process_first(
+            state, lambda: read_weights(args.pretrained, args.model)
         )
     if args.teacher:
-        teacher = checkpoint.load_model(args.teacher)
+        teacher = load_model(args.teacher)
 
     # Data.  The first process inspects the files of a folder; the others read what it found.
     network = network_defaults(args.model)
-    workers = runtime.workers(args.workers)
-    apart = settings.validates(args) and not args.overfit
-    data = runtime.main_first(
+    workers = decoding_workers(args.workers)
+    apart = validates(args) and not args.overfit
+    data = main_process_first(
         state,
-        lambda: dataset.load(
+        lambda: load(
             args.data,
             ["train", "val"] if apart else ["train"],
             val=args.val if apart else 0,
@@ -133,10 +153,10 @@ def main(argv=None):
     if args.overfit:
         data.splits["val"] = data.splits["train"]
     train, val = data.splits["train"], data.splits.get("val")
-    importance, importance_sha256 = losses.picture_weights(args.picture_weights, args.data, train)
+    importance, importance_sha256 = image_weights(args.picture_weights, args.data, train)
     counts = train.labels.bincount(minlength=len(data.classes))
-    importance *= losses.class_weights(args.class_weights, counts)[train.labels]
-    settings.settle_with(args, data, importance, teacher)
+    importance *= class_weights(args.class_weights, counts)[train.labels]
+    check_with_data(args, data, importance, teacher)
     data.to(device)
     if len(train) < 2 * world:
         raise UserError(f"--data {args.data}: {len(train)} training pictures are too few")
@@ -164,28 +184,28 @@ def main(argv=None):
         if hasattr(model, "whiten"):
             few = min(1000, len(train), max(10, 2**20 // math.prod(model.input_size)))
             spread = torch.linspace(0, len(train) - 1, few).long().tolist()
-            batch = [dataset.Pictures(train, data)[0, spread]]
+            batch = [ImageBatches(train, data)[0, spread]]
             pixels, _, _ = next(on_device(batch, "cpu"))
             model.whiten(Prepare(mean, std, model.input_size)(pixels))
         account, head = [], head_of(model)
         if tensors:
             same = loaded.get("classes", data.classes) == data.classes
-            account = transfer.fit(model, tensors, head, same, args.pretrained)
-        optimizer = choices.create_optimizer(
+            account = fit(model, tensors, head, same, args.pretrained)
+        optimizer = create_optimizer(
             args.optimizer, model, args.lr, args.momentum, args.weight_decay, args.nesterov
         )
-        freezer = transfer.Freezer(model, args.freeze or [], args.freeze_epochs, head)
+        freezer = Freezer(model, args.freeze or [], args.freeze_epochs, head)
         return model, account, optimizer, freezer
 
     model, account, optimizer, freezer = build()
     normalised = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if normalised and args.batch_size < 2 * world:
         raise UserError(f"--batch-size: batch norm needs 2 pictures a process, so {2 * world}")
-    second_order = choices.second_order(optimizer, world, args.compile)
+    backward_options = second_order(optimizer, world, args.compile)
 
     # The run folder: of the unfinished run with these options, or a new one.
-    folder = args.output or options.RUNS / settings.run_name(args)
-    run, newest, notes = runtime.from_main(state, lambda: recovery.find_run(parser, args, folder))
+    folder = args.output or files.RUNS / run_name(args)
+    run, newest, notes = from_main_process(state, lambda: find_run(parser, args, folder))
     saved = checkpoint.load_checkpoint(newest) if newest else None
 
     # How long to train, and by the clock how wide a network.
@@ -196,11 +216,11 @@ def main(argv=None):
         part = max(2, len(labels) // args.accumulate)
         candidate = create_model(args.model, **model_args | {"width": width})
         scaled = Prepare(mean, std, candidate.input_size).to(device)(images[:part])
-        return world * runtime.speed(candidate, scaled, labels[:part], accelerator)
+        return world * measure_speed(candidate, scaled, labels[:part], accelerator)
 
-    plan, width = runtime.from_main(
+    plan, width = from_main_process(
         state,
-        lambda: clock.lay_out(args, width, source, saved, len(train_loader), len(train), trial),
+        lambda: lay_out(args, width, source, saved, len(train_loader), len(train), trial),
     )
     if width and width != model_args.get("width"):
         model_args["width"] = width
@@ -216,17 +236,17 @@ def main(argv=None):
     augment = Augment(
         args.augment, not train.in_memory, args.seed, args.erase, args.mixup, args.cutmix, mean
     )
-    objective = choices.create_objective(args, data, importance.to(device), teacher, accelerator)
-    schedule = choices.Schedule(args.schedule, args.warmup, len(train_loader), args.min_delta)
-    penalty = choices.l1_penalty(model, args.l1)
+    objective = create_objective(args, data, importance.to(device), teacher, accelerator)
+    schedule = Schedule(args.schedule, args.warmup, len(train_loader), args.min_delta)
+    penalty = l1_penalty(model, args.l1)
     freezer.update(saved["progress"]["epoch"] if saved else 0)
     model, optimizer = accelerator.prepare(model, optimizer)  # device, casts, several processes
     plain = accelerator.unwrap_model(model)
-    averaged = choices.moving_average(plain, args.ema)
+    averaged = create_ema(plain, args.ema)
     judged = averaged.module if averaged else plain  # the network that is validated and kept
 
     black = torch.zeros(2, data.channels, *data.image_size, dtype=torch.uint8, device=device)
-    runtime.settle_order(model, prepare(black), accelerator)
+    fix_reduction_order(model, prepare(black), accelerator)
 
     # Where this run is: `batch` and `step` count what is done, of the epoch and of the run; recent
     # [world, 3] are each process's loss, hits and steps with a finite loss since `logged`.
@@ -238,16 +258,16 @@ def main(argv=None):
     inputs |= {"teacher": teacher and teacher[2]["sha256"], "pretrained": loaded.get("sha256")}
     networks = {"model": plain} | ({"average": judged} if averaged else {})
     if newest:
-        at, changes = recovery.restore(newest, saved, inputs, networks, optimizer, accelerator)
+        at, changes = restore(newest, saved, inputs, networks, optimizer, accelerator)
         plan.marks = at.marks
         notes += changes
     data.notes += ([] if saved else account) + notes
     recent = at.recent[rank::world].sum(0).to(device)
     scores = [score(record, args.metric) for record in at.history] if val else []
     if is_main:
-        checkpoint.atomic_write(run / "options.yaml", options.as_yaml(options.stored(args)))
-    curves = Curves(run, at.step) if is_main else None
-    saver = recovery.Saver(run, newest, args.save_every, curves)
+        atomic_write(run / "options.yaml", as_yaml(stored(args)))
+    curves = TensorBoard(run, at.step) if is_main else None
+    saver = Saver(run, newest, args.save_every, curves)
     header = {
         "model": args.model,
         "model_args": model_args,
@@ -261,15 +281,13 @@ def main(argv=None):
         "std": std,
         "data": args.data,
         "data_sha256": data.sha256,
-        "options": options.stored(args),
-        **runtime.circumstances(accelerator.mixed_precision),
+        "options": stored(args),
+        **environment(accelerator.mixed_precision),
     }
-    say(summary.introduce(args, data, plain, accelerator))
+    say(introduce(args, data, plain, accelerator))
     watch = None
     if args.watch and is_main:
-        from watch import Watch
-
-        batch = [dataset.Pictures(train, data)[0, list(range(min(32, len(train))))]]
+        batch = [ImageBatches(train, data)[0, list(range(min(32, len(train))))]]
         shown = prepare(next(on_device(batch, device))[0])
         watch = Watch(plain, curves, shown, say=tqdm.write, scaler=accelerator.scaler)
 
@@ -278,13 +296,13 @@ def main(argv=None):
 
     def save(last: bool = False) -> None:
         at.recent, at.seconds = accelerator.gather(recent[None]), time.perf_counter() - began
-        content = recovery.capture(at, inputs, networks, optimizer, accelerator)
+        content = capture(at, inputs, networks, optimizer, accelerator)
         saver.save(at.step, content, last)
 
     def complain(loss: float, step: int) -> None:
         """End a run whose loss is no number since step `step`."""
         kept = run / "model.safetensors" if saver.kept else ""
-        raise UserError(explosion(loss, at.epoch + 1, step, rate(step - 1), gradient, kept))
+        raise UserError(diverged(loss, at.epoch + 1, step, rate(step - 1), gradient, kept))
 
     def tally(log: bool) -> None:
         """Read back what was counted since `logged`, over all processes; log it, and begin anew."""
@@ -301,11 +319,11 @@ def main(argv=None):
 
     began, gradient = time.perf_counter() - at.seconds, None
     epochs = "" if args.time or args.plan else f"/{args.epochs}"
-    with Interrupts(world) as interrupts, advice(args.batch_size, args.accumulate):
+    with Interrupts(world) as interrupts, memory_advice(args.batch_size, args.accumulate):
         # A signal may have come between the last step and the end of its epoch.
         while (at.step < plan.total or at.batch) and not at.ended:
             if freezer.update(at.epoch):
-                model = runtime.wrap_again(model, prepare(black), accelerator)
+                model = wrap_anew(model, prepare(black), accelerator)
             freezer.train()
             start = at.batch if at.step < plan.total else len(train_loader)
             train_loader.sampler.epoch, train_loader.sampler.start = at.epoch, start
@@ -326,9 +344,9 @@ def main(argv=None):
                 schedule.apply(optimizer, args.lr, at.step, *plan.at(at.step), scores)
                 images, targets = augment(images, objective.targets(labels, index), at.epoch, index)
                 if at.step == 0 and is_main:
-                    grid = summary.picture_grid(prepare, images, targets, data.classes)
+                    grid = image_grid(prepare, images, targets, data.classes)
                     curves.add("image", "training_pictures", grid, at.step)
-                runtime.seed_step(args.seed, at.step, rank, world, device)
+                seed_step(args.seed, at.step, rank, world, device)
                 # Every picture counts the same, in whichever part, process or short batch it is;
                 # `world` undoes the mean that Accelerate takes over the processes.
                 batch_images = train_loader.sampler.size(at.batch)
@@ -342,7 +360,7 @@ def main(argv=None):
                         logits = model(prepare(x))
                         loss = objective(logits, y, x)
                         whole = loss * (counted * world / batch_images) + last * penalty()
-                        accelerator.backward(whole, **second_order)
+                        accelerator.backward(whole, **backward_options)
                     with torch.no_grad():
                         hits = (logits.argmax(1) == y.argmax(1)).sum()
                         recent[:2] += torch.stack([loss, hits]) * counted
@@ -355,7 +373,7 @@ def main(argv=None):
                 look |= (at.step + 1) % args.log_every == 0
                 if look:
                     gradient = largest_gradient(plain, at.step + 1, gradient)
-                choices.seed_draws(optimizer, args.seed, at.step)
+                seed_draws(optimizer, args.seed, at.step)
                 optimizer.step()
                 optimizer.zero_grad()
                 at.batch, at.step, at.images = at.batch + 1, at.step + 1, at.images + batch_images
@@ -364,7 +382,7 @@ def main(argv=None):
                 at.epoch_seconds = time.perf_counter() - epoch_began
                 if plan.is_due(at.step):
                     plan.look(
-                        at.step, runtime.from_main(state, lambda: runtime.now(device) - began)
+                        at.step, from_main_process(state, lambda: device_time(device) - began)
                     )
 
                 is_due = interrupts.agree(saver.is_late()) or saver.is_due(at.step)
@@ -382,7 +400,7 @@ def main(argv=None):
             # Validate.
             if not interrupts.stop:
                 for network in networks.values():
-                    runtime.sync_buffers(network, accelerator)
+                    average_buffers(network, accelerator)
                 if val:
                     rows = evaluate(judged, val_loader, prepare, accelerator, interrupts)
             if interrupts.stop:
@@ -396,7 +414,7 @@ def main(argv=None):
                 "lr": rate(at.step - 1),
                 "images_per_second": at.sums[2].item() / at.epoch_seconds,
                 "seconds": at.epoch_seconds,
-                "weights_sha256": checkpoint.digest(judged.state_dict()),
+                "weights_sha256": digest(judged.state_dict()),
             }
             if val:
                 result = figures(rows, len(data.classes))
@@ -415,7 +433,7 @@ def main(argv=None):
                 at.best, at.best_score = record, standing
             at.epoch, at.batch, at.epoch_seconds = at.epoch + 1, 0, 0.0
             at.sums.zero_()
-            if args.patience and choices.stale(scores, args.min_delta) >= args.patience:
+            if args.patience and epochs_without_progress(scores, args.min_delta) >= args.patience:
                 at.ended = f"{args.patience} epochs without a better one"
             if args.overfit and record["val_accuracy"] == 1:
                 at.ended = "all pictures are learned"
@@ -423,13 +441,13 @@ def main(argv=None):
                 digests = [[r["step"], r["weights_sha256"]] for r in at.history]
                 header |= {"epoch": at.epoch, "validation": record, "digests": digests}
                 header["plan"] = plan.marks
-                weights = checkpoint.encode(judged.state_dict(), header)
+                weights = encode(judged.state_dict(), header)
                 if better:
                     saver.weights = weights
                 if args.keep == "all":
                     saver.files[run / "epochs" / f"epoch-{at.epoch:03d}.safetensors"] = weights
                 at.seconds = time.perf_counter() - began
-                saver.files[run / "metrics.json"] = summary.as_json(at, finished=False)
+                saver.files[run / "metrics.json"] = metrics_json(at, finished=False)
                 for key, value in record.items():
                     if key not in ("step", "weights_sha256"):
                         curves.add("scalar", f"epoch/{key}", value, at.step)
@@ -439,17 +457,17 @@ def main(argv=None):
             if is_main:
                 run_folder.point_latest(run)
             left = 0 if at.ended else at.seconds / at.step * (plan.total - at.step)
-            say(summary.describe(record, epochs, left, args.metric))
+            say(epoch_line(record, epochs, left, args.metric))
 
     # Where the weights are, and which command comes next.
     status = interrupts.stop
     if is_main and not interrupts.stop:
         was_finished = run_folder.is_finished(run)
-        checkpoint.atomic_write(run / "metrics.json", summary.as_json(at, finished=True))
+        atomic_write(run / "metrics.json", metrics_json(at, finished=True))
         results = {f"result/{k}": v for k, v in at.best.items() if k.startswith(("train_", "val_"))}
         if not was_finished:
-            curves.add_hparams(options.stored(args), results, at.step)
-        print(summary.conclude(args, at, run))
+            curves.add_hparams(stored(args), results, at.step)
+        print(conclude(args, at, run))
     elif is_main:
         print(
             f"stopped in epoch {at.epoch + 1} after {at.batch} of {len(train_loader)} batches, and "
@@ -465,4 +483,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(options.run(main))
+    sys.exit(run_main(main))

@@ -9,8 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
-import options
-import sources
+from lenslet import files
 
 # Small steps on several threads wait for each other wherever something else runs too: five times
 # as long, and two processes test at a time.
@@ -21,8 +20,8 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def isolated(tmp_path, monkeypatch):
     """Runs and data of its own for every test; process-wide state as it was before."""
-    monkeypatch.setattr(options, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(sources, "DATA", tmp_path / "data")
+    monkeypatch.setattr(files, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(files, "DATA", tmp_path / "data")
     monkeypatch.setattr(os, "fsync", os.fstat)  # a busy disk takes its time, and no test cuts power
     environment, threads = dict(os.environ), torch.get_num_threads()
     yield

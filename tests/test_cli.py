@@ -10,9 +10,10 @@ import sys
 import pytest
 import test as test_script
 
-import options
-import settings
-from options import OutsideError, UserError, duration, interval, number, parse
+from lenslet import cli, errors, files
+from lenslet.cli import number, parse, steps_or_time
+from lenslet.errors import OutsideError, UserError
+from lenslet.training import options
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def config(tmp_path):
     def read(text, *words, recipe=None):
         path = tmp_path / "a.yaml"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return parse(settings.build_parser(), ["--config", path, *words], recipe)
+        return parse(options.build_parser(), ["--config", path, *words], recipe)
 
     read.path = tmp_path / "a.yaml"
     return read
@@ -42,7 +43,7 @@ def test_config_values(config):
     assert (args.lr, args.batch_size, args.model) == (0.001, 32, "lenet")
     assert args.mean == [0.1, 0.2, 0.3]
     assert args.std == [0.5]
-    assert config("").epochs == settings.build_parser().get_default("epochs")
+    assert config("").epochs == options.build_parser().get_default("epochs")
 
 
 @pytest.mark.parametrize("yes", ["true", "yes", "True", "TRUE"])
@@ -58,7 +59,7 @@ def test_config_booleans(config, yes, no):
 def test_config_null(config, null):
     """Null leaves an option at its default."""
     args = config(f"lr: {null}\nmodel: {null}\nskip-broken: {null}\n")
-    assert args.lr == settings.build_parser().get_default("lr")
+    assert args.lr == options.build_parser().get_default("lr")
     assert args.model is None
     assert args.skip_broken is False
 
@@ -97,10 +98,10 @@ def test_config_mistakes(config, text, parts):
 def test_command_line_wins(config, tmp_path, monkeypatch):
     """The command line is over --config, --config over the recipe, a recipe over the defaults."""
     (tmp_path / "base.yaml").write_text("lr: 1\nepochs: 2\nseed: 3\nmean: [0, 0, 0]\n")
-    monkeypatch.setattr(options, "RECIPES", tmp_path)
+    monkeypatch.setattr(files, "RECIPES", tmp_path)
     args = config("lr: 4\nepochs: 5\nmean: 0.5", "--lr", "6", recipe="base")
     assert (args.lr, args.epochs, args.seed, args.mean) == (6, 5, 3, [0.5])
-    assert args.batch_size == settings.build_parser().get_default("batch_size")
+    assert args.batch_size == options.build_parser().get_default("batch_size")
     refuse(lambda: config("epochs: 1", "--lr", "x"), "--lr")
 
 
@@ -115,31 +116,31 @@ def test_command_line_wins(config, tmp_path, monkeypatch):
 )
 def test_saved_options(config, words):
     """The options that a run stores give the same options when they are read back."""
-    args = parse(settings.build_parser(), words)
-    again = config(options.as_yaml(options.stored(args)))
+    args = parse(options.build_parser(), words)
+    again = config(cli.as_yaml(cli.stored(args)))
     assert vars(again) == {**vars(args), "config": str(config.path)}
 
 
-RECIPES = sorted(path.stem for path in options.RECIPES.glob("*.yaml"))
+RECIPES = sorted(path.stem for path in files.RECIPES.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes(recipe):
     """Every recipe is a whole set of valid options of train.py."""
-    args = parse(settings.build_parser(), ["--config", recipe])
+    args = parse(options.build_parser(), ["--config", recipe])
     assert args.model
-    assert parse(settings.build_parser(), ["--config", f"{recipe}.yaml"]).lr == args.lr
+    assert parse(options.build_parser(), ["--config", f"{recipe}.yaml"]).lr == args.lr
 
 
 def test_unknown_recipe():
     """A recipe that does not exist is answered with those that do, the nearest first."""
-    call = lambda: parse(settings.build_parser(), ["--config", "digit"])  # noqa: E731
+    call = lambda: parse(options.build_parser(), ["--config", "digit"])  # noqa: E731
     refuse(call, "--config digit", "did you mean digits?", *RECIPES)
-    call = lambda: parse(settings.build_parser(), ["--config", "some/where.yaml"])  # noqa: E731
+    call = lambda: parse(options.build_parser(), ["--config", "some/where.yaml"])  # noqa: E731
     refuse(call, "some/where.yaml")
 
 
-@pytest.mark.parametrize("script", [settings, test_script])
+@pytest.mark.parametrize("script", [options, test_script])
 def test_command_line_mistakes(script):
     """No option is guessed from its beginning; a misspelt one is answered with the nearest."""
     refuse(lambda: parse(script.build_parser(), ["--batch", "4"]), "--batch", "--batch-size")
@@ -165,14 +166,14 @@ NO_TIMES = "|0|-1|1.5|s|m|h|0s|0.0h|-1s|-5m|inf s|infs|nan s|nanh|5d|5M|5 minute
 @pytest.mark.parametrize(("text", "seconds"), TIMES.items())
 def test_duration(text, seconds):
     """A time is a number above zero and s, m or h."""
-    assert duration(text) == seconds
-    assert interval(text) == text
+    assert cli.parse_duration(text) == seconds
+    assert steps_or_time(text) == text
 
 
 @pytest.mark.parametrize("text", NO_TIMES.split("|"))
 def test_no_duration(text):
     """Anything else is no time, and no number of steps: refused, with what would be one."""
-    for convert in (duration, interval):
+    for convert in (cli.parse_duration, steps_or_time):
         with pytest.raises(argparse.ArgumentTypeError) as caught:
             convert(text)
         assert "\n" not in str(caught.value)
@@ -181,17 +182,17 @@ def test_no_duration(text):
 @pytest.mark.parametrize("text", ["1", "5", "500", "1000000"])
 def test_interval(text):
     """A number of steps is a whole number from 1 on; alone, without a unit, it is no time."""
-    assert interval(text) == text
+    assert steps_or_time(text) == text
     with pytest.raises(argparse.ArgumentTypeError, match="no time like 90s, 5m or 2h"):
-        duration(text)
+        cli.parse_duration(text)
 
 
 @pytest.mark.parametrize("text", ["5", "90s", "1.5h"])
 def test_save_every(config, text):
     """--save-every is read alike from the command line, a file and the options of a run."""
-    args = parse(settings.build_parser(), ["--save-every", text])
+    args = parse(options.build_parser(), ["--save-every", text])
     assert args.save_every == config(f"save-every: {text}").save_every == text
-    assert config(options.as_yaml(options.stored(args))).save_every == text
+    assert config(cli.as_yaml(cli.stored(args))).save_every == text
     for wrong in ("0", "-1s", "5 minutes", "", "nanm"):
         refuse(lambda wrong=wrong: config("", f"--save-every={wrong}"), "--save-every")
 
@@ -199,11 +200,11 @@ def test_save_every(config, text):
 def test_stored():
     """What a run stores is what it is told by: not where that came from, nor what it resumes."""
     words = ["--config", "digits", "--resume", "runs/a"]
-    stored = options.stored(parse(settings.build_parser(), words))
+    stored = cli.stored(parse(options.build_parser(), words))
     assert "config" not in stored and "resume" not in stored
-    assert stored == options.stored(parse(settings.build_parser(), ["--config", "digits"]))
-    assert options.stored(parse(settings.build_parser(), ["--no-resume"])) == options.stored(
-        parse(settings.build_parser(), [])
+    assert stored == cli.stored(parse(options.build_parser(), ["--config", "digits"]))
+    assert cli.stored(parse(options.build_parser(), ["--no-resume"])) == cli.stored(
+        parse(options.build_parser(), [])
     )
 
 
@@ -224,15 +225,15 @@ def test_run(capsys, monkeypatch, error, status, line):
     def main(argv):
         raise error
 
-    assert options.run(main) == status
+    assert errors.run_main(main) == status
     assert capsys.readouterr() == ("", line)
 
 
 def test_run_returns(capsys):
     """A command's own status is passed on, none is 0; a bug of ours keeps its traceback."""
-    assert [options.run(lambda argv, status=s: status) for s in (None, 0, 1)] == [0, 0, 1]
+    assert [errors.run_main(lambda argv, status=s: status) for s in (None, 0, 1)] == [0, 0, 1]
     with pytest.raises(AssertionError):
-        options.run(lambda argv: (_ for _ in ()).throw(AssertionError()))
+        errors.run_main(lambda argv: (_ for _ in ()).throw(AssertionError()))
     assert capsys.readouterr() == ("", "")
 
 
@@ -243,7 +244,7 @@ def test_run_on_several_processes(capsys, monkeypatch):
         def main(argv):
             raise error
 
-        return options.run(main)
+        return errors.run_main(main)
 
     monkeypatch.setenv("RANK", "1")
     assert fail(UserError("mistake")) == 2
@@ -254,17 +255,17 @@ def test_run_on_several_processes(capsys, monkeypatch):
 def test_closed_pipe(tmp_path):
     """A reader that has seen enough ends a command without a word."""
     (tmp_path / "chatty.py").write_text(
-        "import sys, options\n"
+        "import sys\nfrom lenslet import errors\n"
         "def main(argv):\n"
         "    for i in range(100_000):\n"
         "        print(i)\n"
-        "sys.exit(options.run(main))\n"
+        "sys.exit(errors.run_main(main))\n"
     )
     process = subprocess.Popen(
         [sys.executable, tmp_path / "chatty.py"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={"PYTHONPATH": str(options.ROOT)},
+        env={"PYTHONPATH": str(files.ROOT)},
     )
     assert process.stdout.readline() == b"0\n"
     process.stdout.close()
@@ -274,11 +275,11 @@ def test_closed_pipe(tmp_path):
 
 def test_command(monkeypatch):
     """A command that is shown can be pasted where it was shown, odd file names included."""
-    monkeypatch.chdir(options.ROOT)
-    words = options.command("test.py", "--weights", options.ROOT / "runs" / "my run" / "m").split()
+    monkeypatch.chdir(files.ROOT)
+    words = cli.command("test.py", "--weights", files.ROOT / "runs" / "my run" / "m").split()
     assert words[1:] == ["scripts/test.py", "--weights", "'runs/my", "run/m'"]
     monkeypatch.chdir("/")
-    assert str(options.ROOT / "scripts" / "test.py").lstrip("/") in options.command("test.py")
+    assert str(files.ROOT / "scripts" / "test.py").lstrip("/") in cli.command("test.py")
 
 
 def per_cent(values):
@@ -289,11 +290,11 @@ def per_cent(values):
 
 
 def test_the_readme_tells_the_stored_results():
-    """Every figure of the README's tables is computed from recipes/results.json."""
-    stored = json.loads((options.RECIPES / "results.json").read_text())
-    readme = (options.ROOT / "README.md").read_text()
+    """Every figure of the README's tables is computed from results/results.json."""
+    stored = json.loads((files.RESULTS / "results.json").read_text())
+    readme = (files.ROOT / "README.md").read_text()
     for result in stored["results"]:
-        assert (options.RECIPES / f"{result['recipe']}.yaml").is_file()
+        assert (files.RECIPES / f"{result['recipe']}.yaml").is_file()
         accuracy = f"{per_cent(result['accuracy'])} ({len(result['accuracy'])})"
         averaged = per_cent(result["tta_accuracy"]) if "tta_accuracy" in result else ""
         seconds = f"{statistics.mean(result['train_seconds']):.0f} s"
@@ -310,5 +311,5 @@ def test_the_readme_tells_the_stored_results():
 
 def test_the_plot_is_of_the_stored_results():
     """The README's plot was drawn from the results as they are; else run scripts/plot.py."""
-    stored = hashlib.sha256((options.RECIPES / "results.json").read_bytes()).hexdigest()
-    assert stored in (options.RECIPES / "accuracy.svg").read_text()
+    stored = hashlib.sha256((files.RESULTS / "results.json").read_bytes()).hexdigest()
+    assert stored in (files.RESULTS / "accuracy.svg").read_text()

@@ -18,10 +18,10 @@ import torch
 import train
 from safetensors.torch import save_file
 
-import checkpoint
-import options
+import lenslet.errors
+from lenslet import files, weights
 
-README = (options.ROOT / "README.md").read_text()
+README = (files.ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,11 @@ def clone(tmp_path_factory):
     Recipes that would take long are cut to an epoch, and that of the digits to two of few steps.
     """
     root = tmp_path_factory.mktemp("clone")
-    for name in ("recipes", "scripts"):
-        shutil.copytree(options.ROOT / name, root / name)
-    for path in [*options.ROOT.glob("*.py"), *options.ROOT.glob("requirements*.txt")]:
+    for name in ("lenslet", "recipes", "requirements", "scripts"):
+        shutil.copytree(files.ROOT / name, root / name)
+    for path in [*files.ROOT.glob("*.py"), files.ROOT / "requirements.txt"]:
         shutil.copy(path, root)
-    shutil.copy(options.ROOT / "Makefile", root)
+    shutil.copy(files.ROOT / "Makefile", root)
     for name, epochs in (("digits", 2), ("cifar10", 1), ("mnist", 1), ("tutorial", 1)):
         recipe = root / "recipes" / f"{name}.yaml"
         text = re.sub("epochs: .*", f"epochs: {epochs}", recipe.read_text())
@@ -74,7 +74,7 @@ def shell(command, cwd, status=0, threads="1"):
 
 def train_here(*words):
     """train.py in this process, for tests of what comes after it."""
-    assert options.run(train.main, ["--model", "lenet", *map(str, words)]) == 0
+    assert lenslet.errors.run_main(train.main, ["--model", "lenet", *map(str, words)]) == 0
 
 
 def readme_blocks():
@@ -160,7 +160,7 @@ def test_processes_count_and_train_like_one(clone, make_folder):
                 said.append(shell(f"{launcher} scripts/{script}.py {words}", clone, threads=None))
         assert "37 pictures to train on, 9 to validate" in said[0]
         assert "11 pictures" in said[1]
-        tensors[name] = checkpoint.load(run / "model.safetensors")[0]
+        tensors[name] = weights.read_weights_file(run / "model.safetensors")[0]
         metrics[name] = json.loads((run / "report" / "metrics.json").read_text())
     assert metrics["one"]["confusion"] == metrics["two"]["confusion"]
     assert metrics["one"]["confusion"] == metrics["four"]["confusion"]
@@ -253,11 +253,11 @@ def test_reproduce(clone):
     assert (clone / "runs" / "first-reproduced" / "model.safetensors").exists()
 
     # Weights that claim another second epoch, from another version of torch and more threads.
-    tensors, header = checkpoint.load(run / "model.safetensors")
+    tensors, header = weights.read_weights_file(run / "model.safetensors")
     header["digests"][1][1] = "0" * 64
     header["versions"]["torch"] = "0.1"
     header["threads"] = 3
-    (run / "model.safetensors").write_bytes(checkpoint.encode(tensors, header))
+    (run / "model.safetensors").write_bytes(weights.encode(tensors, header))
     said = shell("make reproduce RUN=runs/first", clone, status=2)  # make's own
     assert "'torch': '0.1'" in said.split("pictures to train on")[0]
     assert "3 threads, as then" in said.split("pictures to train on")[0] or os.cpu_count() > 2
@@ -329,7 +329,9 @@ def test_a_process_dies_and_is_restarted(clone, count):
             workers[1].kill()
         said, errors = launcher.communicate(timeout=120)
         assert launcher.returncode == 0, errors
-        digests.append(checkpoint.load(clone / "runs" / run / "model.safetensors")[1]["sha256"])
+        digests.append(
+            weights.read_weights_file(clone / "runs" / run / "model.safetensors")[1]["sha256"]
+        )
     assert f"process 1 (pid {workers[1].pid})" in errors
     assert f"of {count} ended" in errors
     assert "goes on in epoch" in said

@@ -16,11 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-import checkpoint
-import options
-from run_folder import is_finished
+from lenslet import files, weights
+from lenslet.runs.folder import is_finished
 
-TRAIN = [options.ROOT / "scripts" / "train.py", "--precision", "no", "--save-every", "3"]
+TRAIN = [files.ROOT / "scripts" / "train.py", "--precision", "no", "--save-every", "3"]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 WAYS = ["terminate", "kill one", "kill all", "kill all while saving"]
 
@@ -42,7 +41,7 @@ def start(setting, run):
 
 
 def digest(run):
-    return checkpoint.load(run / "model.safetensors")[1]["sha256"]
+    return weights.read_weights_file(run / "model.safetensors")[1]["sha256"]
 
 
 def end(process, way, run):
@@ -72,7 +71,7 @@ def settings(tmp_path_factory, request):
     """
     from conftest import _make_folder
 
-    cut, found = tmp_path_factory.mktemp("cut"), options.ROOT / "pictures" / "cifar10" / "train"
+    cut, found = tmp_path_factory.mktemp("cut"), files.ROOT / "pictures" / "cifar10" / "train"
     if found.is_dir():
         for file in found.glob("*/000?.jpg"):
             target = cut / "train" / file.parent.name / file.name

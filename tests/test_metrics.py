@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
-from dataset import Data, Split
-from metrics import evaluate, figures
-from transforms import Prepare
+from lenslet.data.batches import Data, Split
+from lenslet.data.prepare import Prepare
+from lenslet.metrics import evaluate, figures
 
 
 def rows_of(logits, labels):

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import model
-from options import ROOT, UserError
+from lenslet import files
+from lenslet.errors import UserError
 
 NAMES = [
     "mobilenetv3_small_100",
@@ -207,12 +208,12 @@ def test_own_networks_import_neither_timm_nor_torchvision():
         "for name in model.NETWORKS: model.create_model(name, 10), model.network_defaults(name)\n"
         "assert not {'timm', 'torchvision'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=files.ROOT, check=True)
 
 
 def test_command_prints_own_networks():
     """`python model.py` shows each own network with its parameters and output shape."""
-    command = [sys.executable, ROOT / "model.py"]
+    command = [sys.executable, files.ROOT / "model.py"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     for name, parameters in (("tutorial_cnn", "145,578"), ("lenet", "62,006")):
         line = next(line for line in shown.splitlines() if line.startswith(name))

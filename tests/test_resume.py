@@ -15,14 +15,11 @@ from accelerate.state import AcceleratorState, GradientState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-import checkpoint
-import clock
-import interrupts
-import losses
-import metrics
-import options
-import runtime
-import transforms
+from lenslet import errors, files, metrics, weights
+from lenslet.data import augment
+from lenslet.distributed import interrupts
+from lenslet.runs import checkpoint
+from lenslet.training import clock, losses
 
 TINY = ["--model", "lenet", "--epochs", "3", "--batch-size", "8", "--workers", "0"]
 TINY += ["--precision", "no", "--augment", "standard", "--log-every", "3"]  # 12 steps in all
@@ -38,7 +35,7 @@ def call(*words):
     GradientState._reset_state()
     torch.manual_seed(torch.seed())  # nothing may depend on where a generator stands
     with contextlib.suppress(Crash):
-        return options.run(train.main, [str(word) for word in words])
+        return errors.run_main(train.main, [str(word) for word in words])
     return "crashed"
 
 
@@ -66,7 +63,7 @@ def undisturbed(make_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     pictures = make_folder(folder / "pictures", {"train": 13, "val": 5}, size=(12, 12))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(options, "RUNS", folder)
+        patch.setattr(files, "RUNS", folder)
         assert call("--data", pictures, "--output", folder / "run", *TINY) == 0
     return outcome(folder / "run")
 
@@ -76,7 +73,7 @@ TIMES = {"seconds", "images_per_second"}
 
 def outcome(run):
     """Everything that must not depend on interruptions: weights, digests, figures, curves."""
-    tensors, header = checkpoint.load(run / "model.safetensors")
+    tensors, header = weights.read_weights_file(run / "model.safetensors")
     epochs = json.loads((run / "metrics.json").read_text())["epochs"]
     figures = [{k: v for k, v in record.items() if k not in TIMES} for record in epochs]
     events = EventAccumulator(str(run))
@@ -86,7 +83,7 @@ def outcome(run):
         for tag in events.Tags()["scalars"]
         if not tag.endswith(tuple(TIMES))
     }
-    return checkpoint.digest(tensors), header["digests"], figures, curves
+    return weights.digest(tensors), header["digests"], figures, curves
 
 
 def at_call(monkeypatch, number, owner, name, action):
@@ -360,7 +357,7 @@ def test_threads_are_restored(command, undisturbed, tmp_path, monkeypatch, capsy
     assert call(*command) == 0
     assert torch.get_num_threads() == 1
     assert "threads was" not in capsys.readouterr().out
-    assert checkpoint.read_header(tmp_path / "run" / "model.safetensors")["threads"] == 1
+    assert weights.read_header(tmp_path / "run" / "model.safetensors")["threads"] == 1
 
 
 @pytest.mark.parametrize(
@@ -408,7 +405,7 @@ def test_loss_that_is_no_number(command, tmp_path, capsys):
 
 def test_gradient_that_explodes_later(command, pictures, tmp_path, monkeypatch, capsys):
     """The weights of the last good epoch are kept and named, and the layer is the one to blame."""
-    real = transforms.augment
+    real = augment.augment
     calls = itertools.count(1)
 
     def explode(images, *args):
@@ -423,13 +420,13 @@ def test_gradient_that_explodes_later(command, pictures, tmp_path, monkeypatch, 
         explode.model = create(*args, **settings)
         return explode.model
 
-    monkeypatch.setattr(transforms, "augment", explode)
+    monkeypatch.setattr(augment, "augment", explode)
     monkeypatch.setattr(train, "create_model", remember)
     assert call(*command) == 2
     error = capsys.readouterr().err
     assert "epoch 2 at step 5" in error and "at step 3" in error
     assert f"weights are in {tmp_path / 'run' / 'model.safetensors'}" in error
-    assert checkpoint.load(tmp_path / "run" / "model.safetensors")[1]["epoch"] == 1
+    assert weights.read_weights_file(tmp_path / "run" / "model.safetensors")[1]["epoch"] == 1
     assert len(list((tmp_path / "run" / "checkpoint").iterdir())) == 1
 
 
@@ -495,12 +492,12 @@ def test_time_budget(command, pictures, tmp_path, monkeypatch):
     assert call(*words) == 0
     summary = json.loads((tmp_path / "run" / "metrics.json").read_text())["summary"]
     assert summary["train_seconds"] == pytest.approx(3, rel=0.2)
-    header = checkpoint.read_header(tmp_path / "run" / "model.safetensors")
+    header = weights.read_header(tmp_path / "run" / "model.safetensors")
     assert header["plan"][: len(before["marks"])] == before["marks"]
 
     again = ["--data", pictures, "--output", tmp_path / "again", *TINY, "--time", "3s"]
     assert call(*again, "--plan", tmp_path / "run" / "model.safetensors") == 0
-    repeated = checkpoint.read_header(tmp_path / "again" / "model.safetensors")
+    repeated = weights.read_header(tmp_path / "again" / "model.safetensors")
     assert repeated["digests"][: len(header["digests"])] == header["digests"]
     assert repeated["plan"][: len(header["plan"])] == header["plan"]
 
@@ -511,13 +508,13 @@ def test_time_budget_keeps_its_width(pictures, tmp_path, monkeypatch):
     words += ["--time", "2s", "--batch-size", "8", "--workers", "0", "--precision", "no"]
     words += ["--save-every", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "speed", lambda *_: 1e-9)
+        patch.setattr(clock, "measure_speed", lambda *_: 1e-9)
         at_call(patch, 3, interrupts.Interrupts, "agree", crash)
         assert call(*words) == "crashed"
-    monkeypatch.setattr(runtime, "speed", lambda *_: 1e9)
+    monkeypatch.setattr(clock, "measure_speed", lambda *_: 1e9)
     assert call(*words) == 0
-    header = checkpoint.read_header(tmp_path / "run" / "model.safetensors")
+    header = weights.read_header(tmp_path / "run" / "model.safetensors")
     assert header["model_args"]["width"] == clock.WIDTHS[0][0]
     assert call(*words, "--seed", "1") == 0
-    other = checkpoint.read_header(tmp_path / "run-2" / "model.safetensors")
+    other = weights.read_header(tmp_path / "run-2" / "model.safetensors")
     assert other["model_args"]["width"] == clock.WIDTHS[-1][0]

@@ -12,10 +12,13 @@ import train
 from accelerate.state import AcceleratorState, GradientState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoint
-import dataset
-import options
-import sources
+import lenslet.data.load
+import lenslet.files
+import lenslet.weights
+import model
+from lenslet import cli, errors
+from lenslet.data import sets
+from lenslet.training import options
 
 measure = importlib.import_module("test")  # scripts/test.py, not the standard library's
 
@@ -27,38 +30,38 @@ DIGITS = ["--data", "digits", "--limit", "48", "--epochs", "2", *TINY]
 def digits(tmp_path_factory):
     """The digits are made once for this file."""
     folder = tmp_path_factory.mktemp("data")
-    before, sources.DATA = sources.DATA, folder
-    sources.ensure("digits")
-    sources.DATA = before
+    before, lenslet.files.DATA = lenslet.files.DATA, folder
+    sets.ensure("digits")
+    lenslet.files.DATA = before
     return folder
 
 
 @pytest.fixture(autouse=True)
 def shared_digits(digits, isolated, monkeypatch):
-    monkeypatch.setattr(sources, "DATA", digits)
+    monkeypatch.setattr(lenslet.files, "DATA", digits)
 
 
 def call(main, *words):
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    return options.run(main, [str(word) for word in words])
+    return errors.run_main(main, [str(word) for word in words])
 
 
 def fit(run, *words, status=0):
     """Train on a few digits into a folder; tensors, header and metrics."""
     assert call(train.main, *DIGITS, "--output", run, *words) == status
-    tensors, header = checkpoint.load(run / "model.safetensors")
+    tensors, header = lenslet.weights.read_weights_file(run / "model.safetensors")
     return tensors, header, json.loads((run / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, digits):
     """What training without any of the options ends with."""
-    runs, data = options.RUNS, sources.DATA
+    runs, data = lenslet.files.RUNS, lenslet.files.DATA
     folder = tmp_path_factory.mktemp("plain")
-    options.RUNS, sources.DATA = folder, digits
+    lenslet.files.RUNS, lenslet.files.DATA = folder, digits
     result = fit(folder / "run")
-    options.RUNS, sources.DATA = runs, data
+    lenslet.files.RUNS, lenslet.files.DATA = runs, data
     return result
 
 
@@ -111,7 +114,7 @@ def test_each_option(plain, tmp_path, words):
     again = ["--config", tmp_path / "run" / "options.yaml", "--output", tmp_path / "again"]
     assert call(train.main, *again) == 0
     path = tmp_path / "again" / "model.safetensors"
-    assert checkpoint.read_header(path)["sha256"] == header["sha256"]
+    assert lenslet.weights.read_header(path)["sha256"] == header["sha256"]
 
 
 @pytest.mark.parametrize(
@@ -131,10 +134,12 @@ def test_what_was_interrupted_ends_alike(plain, tmp_path, monkeypatch, words):
     """A run that is stopped in its second epoch, and goes on, ends with the same bits."""
     monkeypatch.chdir(tmp_path)
     header = {k: v for k, v in plain[1].items() if k not in ("format", "version", "sha256")}
-    checkpoint.atomic_write(tmp_path / "teacher.safetensors", checkpoint.encode(plain[0], header))
+    lenslet.files.atomic_write(
+        tmp_path / "teacher.safetensors", lenslet.weights.encode(plain[0], header)
+    )
     words += ["--epochs", "3"]
     _, whole, _ = fit(tmp_path / "whole", *words)
-    real, steps = train.checkpoint.digest, []
+    real, steps = lenslet.weights.digest, []
 
     def stop(state):
         steps.append(1)
@@ -142,12 +147,12 @@ def test_what_was_interrupted_ends_alike(plain, tmp_path, monkeypatch, words):
             raise KeyboardInterrupt
         return real(state)
 
-    monkeypatch.setattr(train.checkpoint, "digest", stop)
+    monkeypatch.setattr(lenslet.weights, "digest", stop)
     command = [*DIGITS, *words, "--save-every", "2", "--output", tmp_path / "run"]
     assert call(train.main, *command) == 130
-    monkeypatch.setattr(train.checkpoint, "digest", real)
+    monkeypatch.setattr(lenslet.weights, "digest", real)
     assert call(train.main, *command) == 0
-    again = checkpoint.read_header(tmp_path / "run" / "model.safetensors")
+    again = lenslet.weights.read_header(tmp_path / "run" / "model.safetensors")
     assert again["sha256"] == whole["sha256"] and again["digests"] == whole["digests"]
 
 
@@ -205,7 +210,7 @@ def test_nonsense_ends_in_one_line(words, named, capsys):
     said = capsys.readouterr()
     assert said.err.startswith("error: ") and len(said.err.splitlines()) == 1
     assert named in said.err
-    assert not options.RUNS.exists() or not list(options.RUNS.iterdir())
+    assert not lenslet.files.RUNS.exists() or not list(lenslet.files.RUNS.iterdir())
 
 
 def test_accumulation_with_everything(tmp_path):
@@ -257,11 +262,11 @@ def test_the_average_is_what_is_validated_and_kept(tmp_path, precision):
     _, _, averaged = fit(tmp_path / "ema", *words, "--ema", "0.999", "--keep", "last")
     assert plain["epochs"][0]["train_loss"] == averaged["epochs"][0]["train_loss"]
     assert plain["epochs"][3]["val_loss"] < 0.98 * averaged["epochs"][3]["val_loss"]  # behind
-    model, prepare, _ = checkpoint.load_model(tmp_path / "ema" / "model.safetensors")
-    data = dataset.load("digits", ["val"], limit=48)
+    network, prepare, _ = model.load_model(tmp_path / "ema" / "model.safetensors")
+    data = lenslet.data.load.load("digits", ["val"], limit=48)
     part = data.splits["val"]
     with torch.no_grad():
-        logits = model(prepare(part.pixels(torch.arange(len(part)))))
+        logits = network(prepare(part.pixels(torch.arange(len(part)))))
     loss = torch.nn.functional.cross_entropy(logits, part.labels).item()
     error = 1e-5 if precision == "no" else 0.004
     assert loss == pytest.approx(averaged["epochs"][3]["val_loss"], rel=error)
@@ -274,12 +279,10 @@ def test_overfit_tells_the_truth(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "memorised: all 12 pictures" in said and "12 pictures to train on" in said
     assert (
-        options.parse(
-            train.settings.build_parser(), ["--config", tmp_path / "able" / "options.yaml"]
-        ).augment
+        cli.parse(options.build_parser(), ["--config", tmp_path / "able" / "options.yaml"]).augment
         == "none"
     )
-    monkeypatch.setattr(train.settings, "MEMORISED", 20)  # epochs, of which none gets anywhere
+    monkeypatch.setattr(options, "MEMORISED", 20)  # epochs, of which none gets anywhere
     assert call(train.main, *words, tmp_path / "unable", "--lr", "1e-9") == 1
     assert "not memorised: " in capsys.readouterr().out
 
@@ -309,11 +312,11 @@ def test_picture_weights(make_folder, tmp_path, capsys):
     assert run("bees", weights + "val/ants/0.png,3\n", *one) == 0
     # The gradient is that of the bees alone, each weighing as much as two pictures did.
     torch.manual_seed(0)
-    tensors, header = checkpoint.load(tmp_path / "bees" / "model.safetensors")
-    network = checkpoint.create_model("lenet", **header["model_args"])
-    data = dataset.load(str(pictures), ["train"])
+    tensors, header = lenslet.weights.read_weights_file(tmp_path / "bees" / "model.safetensors")
+    network = model.create_model("lenet", **header["model_args"])
+    data = lenslet.data.load.load(str(pictures), ["train"])
     part = data.splits["train"]
-    prepare = checkpoint.load_model(tmp_path / "bees" / "model.safetensors")[1]
+    prepare = model.load_model(tmp_path / "bees" / "model.safetensors")[1]
     bees = part.labels.nonzero().flatten()
     loss = torch.nn.functional.cross_entropy(network(prepare(part.pixels(bees))), part.labels[bees])
     loss.backward()
@@ -363,7 +366,7 @@ def test_pretrained_and_teacher(plain, make_folder, tmp_path, capsys):
     """
     header = {k: v for k, v in plain[1].items() if k not in ("format", "version", "sha256")}
     path = tmp_path / "weights.safetensors"
-    checkpoint.atomic_write(path, checkpoint.encode(plain[0], header))
+    lenslet.files.atomic_write(path, lenslet.weights.encode(plain[0], header))
     words = ["--epochs", "1", "--lr", "1e-30", "--pretrained", path, "--weight-decay", "0"]
     tensors, after, _ = fit(tmp_path / "same", *words)
     assert all(torch.equal(tensors[key], plain[0][key]) for key in plain[0])
@@ -419,13 +422,15 @@ def test_two_processes_take_the_same_steps(make_folder, tmp_path):
         run = tmp_path / f"run{count}"
         together.scripts(count, tmp_path, "train", [*words, "--output", run])
         metrics = json.loads((run / "metrics.json").read_text())
-        results.append((checkpoint.load(run / "model.safetensors")[0], metrics["epochs"]))
+        results.append(
+            (lenslet.weights.read_weights_file(run / "model.safetensors")[0], metrics["epochs"])
+        )
     (one, records), (two, others) = results
     assert 4 <= len(records) == len(others) < 9
     assert [r["lr"] for r in records] == [r["lr"] for r in others] and records[-1]["lr"] < 0.02
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
-    start = checkpoint.load(tmp_path / "first" / "model.safetensors")[0]
+    start = lenslet.weights.read_weights_file(tmp_path / "first" / "model.safetensors")[0]
     assert torch.equal(one["conv1.weight"], start["conv1.weight"])
     assert not torch.equal(one["conv2.weight"], start["conv2.weight"])
 
@@ -442,7 +447,7 @@ def test_folds(tmp_path, monkeypatch, capsys):
             return 143
         return call(train.main, *words)
 
-    monkeypatch.setattr(folds.launch, "train", stand_in)
+    monkeypatch.setattr(folds.launch, "run_training", stand_in)
     out = tmp_path / "folds"
     command = ["--folds", "3", "--output", out, *DIGITS]
     assert call(folds.main, *command) == 143

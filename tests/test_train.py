@@ -13,12 +13,15 @@ from accelerate.state import AcceleratorState, GradientState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
-import checkpoint
-import options
-import run_folder
-import sources
-from images import read_image
-from options import OutsideError
+import lenslet.files
+import lenslet.weights
+import model
+from lenslet import errors
+from lenslet.data import sets
+from lenslet.data.decode import read_image
+from lenslet.errors import OutsideError
+from lenslet.runs import folder as run_folder
+from model import create_model
 
 measure = importlib.import_module("test")  # scripts/test.py, not the standard library's
 
@@ -35,13 +38,13 @@ def call(main, *words):
     """A command as a process of its own would meet Accelerate: not yet set up."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    return options.run(main, [str(word) for word in words])
+    return errors.run_main(main, [str(word) for word in words])
 
 
 def fit(data, run, *words):
     """Train with the TINY options into a folder; its tensors, header and metrics."""
     assert call(train.main, "--data", data, "--output", run, *TINY, *words) == 0
-    tensors, header = checkpoint.load(run / "model.safetensors")
+    tensors, header = lenslet.weights.read_weights_file(run / "model.safetensors")
     return tensors, header, json.loads((run / "metrics.json").read_text())
 
 
@@ -53,10 +56,13 @@ def test_same_options_same_bits(pictures, tmp_path):
     """A run is repeated to the last bit, also from the options.yaml that it left behind."""
     tensors, header, _ = fit(pictures, tmp_path / "a", "--augment", "standard")
     again, other, _ = fit(pictures, tmp_path / "b", "--augment", "standard")
-    assert header["sha256"] == other["sha256"] == checkpoint.digest(again)
+    assert header["sha256"] == other["sha256"] == lenslet.weights.digest(again)
     words = ["--config", tmp_path / "a" / "options.yaml", "--output", tmp_path / "c"]
     assert call(train.main, *words) == 0
-    assert checkpoint.load(tmp_path / "c" / "model.safetensors")[1]["sha256"] == header["sha256"]
+    assert (
+        lenslet.weights.read_weights_file(tmp_path / "c" / "model.safetensors")[1]["sha256"]
+        == header["sha256"]
+    )
     seeded, _, _ = fit(pictures, tmp_path / "d", "--augment", "standard", "--seed", "1")
     assert difference(tensors, seeded) > 1e-3
 
@@ -87,7 +93,7 @@ def test_one_step_by_hand(pictures, tmp_path):
     tensors, header, metrics = fit(pictures, tmp_path / "run", *words)
 
     torch.manual_seed(0)
-    network = checkpoint.create_model("lenet", **header["model_args"])
+    network = create_model("lenet", **header["model_args"])
     files = sorted((pictures / "train").rglob("*.png"))
     labels = torch.tensor([header["classes"].index(f.parent.name) for f in files])
     pixels = [torch.from_numpy(read_image(f, 3)).permute(2, 0, 1) for f in files]
@@ -104,7 +110,7 @@ def test_one_step_by_hand(pictures, tmp_path):
 def test_gradients_are_clipped(pictures, tmp_path):
     """--clip bounds the length of a step: with plain SGD it is at most lr times the norm."""
     torch.manual_seed(0)
-    start = checkpoint.create_model("lenet", 2, 3, (12, 12)).state_dict()
+    start = create_model("lenet", 2, 3, (12, 12)).state_dict()
     words = ["--optimizer", "sgd", "--momentum", "0", "--weight-decay", "0", "--lr", "1"]
     words += ["--schedule", "constant", "--batch-size", "64", "--epochs", "1"]
     for clip in (1e-3, 1e-2):
@@ -124,7 +130,7 @@ def test_the_best_epoch_is_kept(pictures, tmp_path):
     assert header["epoch"] == metrics["summary"]["best_epoch"] == best
     kept = sorted((tmp_path / "run" / "epochs").iterdir())
     assert [path.name for path in kept] == [f"epoch-{n:03d}.safetensors" for n in range(1, 7)]
-    digests = [checkpoint.load(path)[1]["sha256"] for path in kept]
+    digests = [lenslet.weights.read_weights_file(path)[1]["sha256"] for path in kept]
     assert len(set(digests)) == 6 and digests[best - 1] == header["sha256"]
 
 
@@ -139,7 +145,7 @@ def test_a_finished_run_is_never_overwritten(pictures, tmp_path):
     for name in ("run", "run-2", "run-3"):
         words = ["--data", pictures, "--output", tmp_path / "run", *TINY, "--epochs", "1"]
         assert call(train.main, *words) == 0
-        assert (options.RUNS / "latest").resolve() == tmp_path / name
+        assert (lenslet.files.RUNS / "latest").resolve() == tmp_path / name
         assert run_folder.latest_weights().resolve().parent == tmp_path / name
 
 
@@ -168,7 +174,7 @@ def test_tta_is_reported_beside_the_plain_figure(pictures, tmp_path, capsys):
     both = json.loads((run / "report" / "metrics.json").read_text())
     tta = both.pop("tta")
     assert both == plain
-    network, prepare, header = checkpoint.load_model(run / "model.safetensors")
+    network, prepare, header = model.load_model(run / "model.safetensors")
     files = sorted((pictures / "test").rglob("*.png"))
     images = torch.stack([torch.from_numpy(read_image(f, 3)).permute(2, 0, 1) for f in files])
     labels = torch.tensor([header["classes"].index(f.parent.name) for f in files])
@@ -279,17 +285,20 @@ def test_greyscale_weights_answer_colour_pictures(make_folder, tmp_path, capsys)
 
 def test_without_network_the_digits_are_used(tmp_path, monkeypatch, capsys):
     """train.py without --data needs no network: it says so and takes the bundled digits."""
-    real = sources.ensure
+    real = sets.ensure
 
     def offline(name, *args, **settings):
         if name == "cifar10":
             raise OutsideError(f"no source in {settings.get('patience')} s")
         return real(name, *args, **settings)
 
-    monkeypatch.setattr(sources, "ensure", offline)
+    monkeypatch.setattr(sets, "ensure", offline)
     assert call(train.main, "--epochs", "1", "--output", tmp_path / "run") == 0
     assert "no source in 15 s" in capsys.readouterr().out
-    assert checkpoint.load(tmp_path / "run" / "model.safetensors")[1]["data"] == "digits"
+    assert (
+        lenslet.weights.read_weights_file(tmp_path / "run" / "model.safetensors")[1]["data"]
+        == "digits"
+    )
     assert call(train.main, "--data", "cifar10") == 1
 
 
@@ -321,7 +330,7 @@ def test_mistakes_end_in_one_line(pictures, words, named, capsys):
     said = capsys.readouterr()
     assert said.err.startswith("error: ") and len(said.err.splitlines()) == 1
     assert named in said.err
-    assert not options.RUNS.exists() or not list(options.RUNS.iterdir())
+    assert not lenslet.files.RUNS.exists() or not list(lenslet.files.RUNS.iterdir())
 
 
 def test_a_network_named_by_no_recipe_must_be_named(pictures, tmp_path, capsys):

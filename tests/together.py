@@ -9,7 +9,7 @@ import os
 import runpy
 import socket
 
-import options
+from lenslet import errors, files
 
 forked = multiprocessing.get_context("forkserver")
 forked.set_forkserver_preload(["torch._dynamo", "torch.utils.tensorboard", "accelerate", "joblib"])
@@ -50,7 +50,7 @@ def _run(count, folder, status, function, *arguments):
 
 def _member(environment, folder, function, arguments):
     os.environ |= environment
-    options.RUNS = folder / "runs"
+    files.RUNS = folder / "runs"
     with open(folder / f"{environment['RANK']}.said", "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -59,4 +59,4 @@ def _member(environment, folder, function, arguments):
 
 
 def _script(name, words):
-    return options.run(importlib.import_module(name).main, words)
+    return errors.run_main(importlib.import_module(name).main, words)

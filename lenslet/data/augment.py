@@ -1,14 +1,9 @@
-"""What happens to a batch of uint8 pictures on the device: augmentation, and `Prepare`.
-
-Training, testing and predicting all prepare pictures with the same `Prepare`, whose settings are in
-the header of the weights.
-"""
-
-from collections.abc import Iterable
+"""Random changes to whole uint8 batches on the device."""
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
+
+from lenslet.distributed.determinism import uniform
 
 # What --augment means: move (small pictures are shifted, photographs cropped at random) and flip;
 # trivial and rand add operations of torchvision's to it, see Augment.
@@ -19,21 +14,6 @@ AUGMENTATIONS = {
     "trivial": (True, True),
     "rand": (True, True),
 }
-
-
-def uniform(seed: int, epoch: int, index: Tensor, draws: int) -> Tensor:
-    """Random numbers in [0, 1), float32 [B, draws], that depend on nothing but the arguments.
-
-    index int64 [B].  A counter-based generator on Wellons' 32-bit hash ("lowbias32").
-    """
-    mask = 0xFFFFFFFF
-    x = (index[:, None] * draws + torch.arange(draws, device=index.device)) & mask
-    for key in (0, epoch + 1, seed + 1):
-        x = x ^ (key * 0x9E3779B9 & mask)
-        x = ((x ^ (x >> 16)) * 0x21F0AAAD) & mask
-        x = ((x ^ (x >> 15)) * 0xD35A2D97) & mask
-        x = x ^ (x >> 15)
-    return (x >> 8).float() / (1 << 24)
 
 
 class Augment:
@@ -130,7 +110,7 @@ def _shift(images: Tensor, down: Tensor, across: Tensor, mirrored: Tensor) -> Te
     return images.flatten(2).gather(2, at).view(images.shape)
 
 
-def views(images: Tensor, kind: str, decoded: bool) -> list[tuple[float, Tensor]]:
+def tta_views(images: Tensor, kind: str, decoded: bool) -> list[tuple[float, Tensor]]:
     """What a network that was trained with augment() may also be shown of the same pictures.
 
     (weight, uint8 [B, C, H, W]) of each, whose answers are to be averaged: both of mirrored and
@@ -146,44 +126,3 @@ def views(images: Tensor, kind: str, decoded: bool) -> list[tuple[float, Tensor]
     if flip:
         found = [(share / 2, x) for share, view in found for x in (view, view.flip(3))]
     return found
-
-
-class Prepare(nn.Module):
-    """uint8 pictures [B, C, H, W] to what a network is fed: float32 [B, C, h, w], channels last.
-
-    mean, std: of each channel, 0..1 scale.  input_size (h, w): resized to it (bilinear,
-    anti-aliased) where the pictures differ.  The one preprocessing of all commands.
-    """
-
-    def __init__(self, mean: list[float], std: list[float], input_size: tuple[int, int]):
-        super().__init__()
-        self.input_size = tuple(input_size)
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        # Channels are moved last at the end: where they are, three means cannot be vectorised.
-        images = images.float().sub_(self.mean).div_(self.std)
-        images = images.contiguous(memory_format=torch.channels_last)
-        if images.shape[2:] != self.input_size:
-            images = F.interpolate(images, self.input_size, mode="bilinear", antialias=True)
-        return images
-
-    def undo(self, images: Tensor) -> Tensor:
-        """What the network was fed as uint8 pictures [B, C, h, w], to look at."""
-        return (images.float() * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
-
-
-def channel_statistics(parts: Iterable[Tensor]) -> dict[str, list[float]]:
-    """mean and std (standard deviation) of each channel over all pixels, 0..1 scale.
-
-    parts: uint8 [B, C, H, W] each.  A channel without contrast gets a deviation of one grey level.
-    """
-    count, total, squares = 0, 0, 0
-    for images in parts:
-        count += images.numel() / images.shape[1]
-        total += images.sum((0, 2, 3))
-        squares += images.int().square().sum((0, 2, 3))
-    mean = total.double() / count
-    std = (squares.double() / count - mean.square()).clamp(min=1).sqrt()
-    return {"mean": (mean / 255).tolist(), "std": (std / 255).tolist()}

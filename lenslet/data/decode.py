@@ -1,34 +1,22 @@
-"""Picture files of any kind to uint8 pixels, and pixels to a labelled grid of pictures.
+"""Image files of any kind to uint8 pixels.
 
-Training, testing and predicting decode a picture with the same code: `read_image`, and
+Training, testing and predicting decode an image with the same code: `read_image`, and
 `inspect_image` for small ones that are kept as they are.
 """
 
-import contextlib
-import io
-import itertools
-import json
 import math
 import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from checkpoint import atomic_write
-from options import OutsideError
+from lenslet.errors import OutsideError
 
-EXTENSIONS = frozenset(
-    ".jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2".split()
-)
 # Named, so that a file's content can never start an interpreter (Pillow's EPS reader does).
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
-
 EXIF_ORIENTATION = 0x0112
+
 
 # Oversized pictures, odd palettes and broken EXIF blocks: read, or reported as unreadable.
 warnings.filterwarnings("ignore", module="PIL")
@@ -36,18 +24,6 @@ warnings.filterwarnings("ignore", module="PIL")
 
 class UnreadableImage(OutsideError):
     """A picture file that cannot be decoded; the message names it and says why."""
-
-
-def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
-    """All picture files below a folder, sorted, and the name endings of the other files there.
-
-    Hidden files are in neither.
-    """
-    below = ((path, path.relative_to(folder).parts) for path in sorted(Path(folder).rglob("*")))
-    files = [p for p, parts in below if not any(x.startswith(".") for x in parts) and p.is_file()]
-    found = [path for path in files if path.suffix.lower() in EXTENSIONS]
-    others = [path.suffix or path.name for path in files if path.suffix.lower() not in EXTENSIONS]
-    return found, others
 
 
 def longer_side(path: Path) -> int:
@@ -118,84 +94,6 @@ def inspect_image(path: str | Path, small: int) -> tuple[int, bool, np.ndarray |
     return side, grey, pixels if side <= small else None
 
 
-class _Inspection(Dataset):
-    """What inspect_image says of each file, or the error's text."""
-
-    def __init__(self, files, small):
-        self.files, self.small = files, small
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i):
-        try:
-            return inspect_image(self.files[i], self.small)
-        except UnreadableImage as error:
-            return str(error)
-
-
-def inspect_images(
-    files: list[Path], small: int, store: Path, workers: int
-) -> tuple[dict[Path, tuple], list[str], np.ndarray | None]:
-    """Decode every file once: {file: (longer side, grey, pixels if small)}, and what is broken.
-
-    Pixels are kept where the longer side is at most `small`, and where all these have one shape,
-    in one array, which is returned too: uint8 [files, C, H, W].  What was found of photographs is
-    kept in the file `store`: they are decoded again only after they have changed.
-    """
-    try:
-        known = json.loads(store.read_text())
-    except (FileNotFoundError, ValueError):  # it only saves time
-        known = {}
-    stamps = {}
-    for file in files:
-        state = file.stat()
-        stamps[file] = [str(file.resolve()), state.st_size, state.st_mtime_ns]
-    found = {
-        f: (*known[s[0]][2:], None) for f, s in stamps.items() if known.get(s[0], [])[:2] == s[1:]
-    }
-    new = [file for file in files if file not in found]
-    # Small pictures are decoded faster than they can be handed from one process to another.
-    alone = len(new) <= 256 or longer_side(new[0]) <= small
-    loader = DataLoader(
-        _Inspection(new, small),
-        64,
-        collate_fn=list,
-        num_workers=0 if alone else workers,
-        generator=torch.Generator(),
-    )
-    broken, array, alike = [], None, True
-    place = {file: i for i, file in enumerate(files)}
-    with tqdm(total=len(new), desc="reading pictures", disable=None, leave=False) as progress:
-        for file, result in zip(new, itertools.chain.from_iterable(loader), strict=True):
-            progress.update()
-            if isinstance(result, str):
-                broken.append(result)
-                continue
-            side, grey, pixels = result
-            if pixels is not None:
-                planes = pixels.transpose(2, 0, 1)
-                if array is None:
-                    array = np.empty((len(files), *planes.shape), np.uint8)
-                row = array[place[file]]
-                fits = planes.shape in (row.shape, (1, *row.shape[1:]))
-                alike &= fits
-                if fits:
-                    row[:] = planes  # what is grey among colours is made colour
-                    pixels = row.transpose(1, 2, 0)
-            found[file] = side, grey, pixels
-    photos = {
-        stamps[f][0]: [*stamps[f][1:], *found[f][:2]]
-        for f in new
-        if f in found and found[f][2] is None
-    }
-    if photos:
-        with contextlib.suppress(OSError):
-            store.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(store, json.dumps(known | photos))
-    return found, broken, array if alike else None
-
-
 def _unreadable(path: str | Path, error: Exception) -> UnreadableImage:
     if isinstance(error, UnidentifiedImageError):
         reason = "not a known kind of picture" if Path(path).stat().st_size else "an empty file"
@@ -254,33 +152,3 @@ def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image if image.mode == "L" else image.convert("L" if image.mode == "1" else "RGB")
-
-
-def draw_grid(images: Tensor, captions: list[str], wrong: list[bool] | None = None) -> Tensor:
-    """A grid of pictures with a caption below each, uint8 [3, H', W'].
-
-    images uint8 [N, C, H, W]; wrong: captions to be set in red.
-    """
-    tile, line, font = 112, 30, ImageFont.load_default(11)
-    across = min(8, len(images))
-    down = -(-len(images) // across)
-    sheet = Image.new("RGB", (across * (tile + 8) + 8, down * (tile + line) + 8), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (picture, caption) in enumerate(zip(images, captions, strict=True)):
-        left, upper = 8 + i % across * (tile + 8), 8 + i // across * (tile + line)
-        pixels = picture.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
-        scale = tile / max(pixels.shape[:2])
-        shape = (round(pixels.shape[1] * scale), round(pixels.shape[0] * scale))
-        method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
-        sheet.paste(Image.fromarray(pixels).resize(shape, method), (left, upper))
-        colour = "#c00000" if wrong and wrong[i] else "black"
-        draw.multiline_text((left, upper + tile), caption, colour, font, spacing=0)
-    return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
-
-
-def encode_png(image: Tensor) -> bytes:
-    """uint8 [1 or 3, H, W] as the bytes of a PNG file."""
-    pixels = image.permute(1, 2, 0).contiguous().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
-    return buffer.getvalue()

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from options import OutsideError, UserError
+from lenslet.errors import OutsideError, UserError
 
 FLOOR = 200_000  # bytes/s: a source slower than this is left while another may be faster
 WINDOW = 10.0  # s over which that speed is measured

@@ -1,4 +1,4 @@
-"""How a folder of pictures is laid out: train/, val/ and test/ of classes, or classes only."""
+"""How a folder of images is laid out: train/, val/ and test/ of classes, or classes only."""
 
 import hashlib
 import os
@@ -6,14 +6,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import images as pictures
-import options
-from options import UserError, nearest
+from lenslet import files
+from lenslet.data.decode import longer_side
+from lenslet.errors import UserError, nearest
 
 
 def find_folder(name: str) -> Path:
     """A folder of pictures, relative to where the command runs or to the repository."""
-    return Path(name) if Path(name).is_dir() else options.ROOT / name
+    return Path(name) if Path(name).is_dir() else files.ROOT / name
 
 
 def is_divided(root: Path) -> bool:
@@ -36,15 +36,15 @@ def list_folder(root: Path) -> tuple[dict[str, dict[str, list[Path]]], list[str]
     for split, top in tops.items():
         folders = [d for d in top.glob("*") if d.is_dir() and not d.name.startswith(".")]
         found[split] = {}
-        for folder in sorted(folders, key=lambda d: natural(d.name)):
-            found[split][folder.name], strangers = pictures.find_images(folder)
+        for folder in sorted(folders, key=lambda d: natural_sort_key(d.name)):
+            found[split][folder.name], strangers = find_images(folder)
             others.update(strangers)
     classes = found["train"]
     expected = f"expected {tops['train']}/<class>/*.png (or .jpg, …) for two classes or more"
     if len(classes) < 2:
         raise UserError(f"--data {root}: {len(classes) or 'no'} class folder in it; {expected}")
-    for name, files in classes.items():
-        if not files:
+    for name, inside in classes.items():
+        if not inside:
             raise UserError(f"--data {root}: class {name} has no pictures; {expected}")
     splits = [name for name in classes if re.search("train|test|val", name, re.IGNORECASE)]
     if len(splits) == len(classes) and any(d.is_dir() for d in root.glob("*/*")):
@@ -82,13 +82,30 @@ def is_small(root: Path, side: int) -> bool:
     """Whether a folder's training and validation pictures are at most `side` pixels long."""
     found, _ = list_folder(root)
     return all(
-        pictures.longer_side(file) <= side
+        longer_side(file) <= side
         for split in ("train", "val")
         for files in found.get(split, {}).values()
         for file in files
     )
 
 
-def natural(text: str) -> list:
+def natural_sort_key(text: str) -> list:
     """A sort key under which 2 comes before 10."""
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", text) if p]
+
+
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2".split()
+)
+
+
+def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """All picture files below a folder, sorted, and the name endings of the other files there.
+
+    Hidden files are in neither.
+    """
+    below = ((path, path.relative_to(folder).parts) for path in sorted(Path(folder).rglob("*")))
+    files = [p for p, parts in below if not any(x.startswith(".") for x in parts) and p.is_file()]
+    found = [path for path in files if path.suffix.lower() in EXTENSIONS]
+    others = [path.suffix or path.name for path in files if path.suffix.lower() not in EXTENSIONS]
+    return found, others

@@ -1,204 +1,23 @@
-"""What each data set is, and how it is read, split and batched.
-
-    data = load("cifar10", ["train", "val"])  # or a folder of pictures
-    for images, labels, index in on_device(data.loader("val", batch_size=64), device): ...
-
-Small pictures live in memory as uint8; photographs are decoded by worker processes.  Both come out
-of the same loader as uint8 batches.  Nothing random depends on a worker, a process or a global
-generator: it is a function of the seed, the epoch and the picture's index.
-"""
+"""Opens a data set by name or folder."""
 
 import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-import images as pictures
-import sources
-from divide import first, kept_away
-from folders import find_folder, is_divided, is_small, list_folder
-from interrupts import ignore_signals
-from options import OutsideError, UserError, nearest
-from transforms import AUGMENTATIONS, uniform
-
-SMALL = 64  # pixels: pictures with no longer side are kept in memory
-
-
-@dataclass
-class Split:
-    """Labelled pictures, in memory or as files."""
-
-    images: Tensor | list[Path]  # uint8 [M, C, H, W], which splits may share, or N files
-    labels: Tensor  # int64 [N], 0..classes-1
-    names: list[str]  # N file names below the data folder, or indices in the set's own order
-    rows: Tensor | None = None  # int64 [N]: which of the images in memory are its own (all)
-
-    def __post_init__(self):
-        if self.in_memory and self.rows is None:
-            self.rows = torch.arange(len(self.images))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def in_memory(self) -> bool:
-        return isinstance(self.images, Tensor)
-
-    def pixels(self, index: Tensor) -> Tensor:
-        """Pictures in memory, uint8 [B, C, H, W].  index int64 [B], 0..N-1."""
-        return self.images[self.rows[index]]
-
-
-@dataclass
-class Data:
-    """An opened data set: its splits, and how its pictures are read."""
-
-    name: str  # as --data gives it
-    classes: list[str]
-    channels: int
-    image_size: tuple[int, int]  # height and width that pictures are read at
-    crop: float  # share of a photograph that a centre crop keeps
-    splits: dict[str, Split]
-    sha256: str  # of the sources, or of a folder's file names and sizes
-    notes: list[str] = field(default_factory=list)  # what the user should know, a line each
-
-    def to(self, device: torch.device) -> None:
-        """Move small pictures to a GPU where they take less than half of its free memory.
-
-        Batches of them are then made there, and nothing is copied in training.
-        """
-        moved = {}  # splits share their images
-        for part in self.splits.values():
-            key = id(part.images)
-            if device.type == "cuda" and part.in_memory:
-                if key not in moved and part.images.nbytes < torch.cuda.mem_get_info()[0] / 2:
-                    moved[key] = part.images.to(device)
-                if key in moved:
-                    part.images = moved[key]
-                    part.labels, part.rows = part.labels.to(device), part.rows.to(device)
-
-    def loader(
-        self, split, batch_size, *, seed=None, augment="none", workers=0, rank=0, world=1
-    ) -> DataLoader:
-        """Batches of (uint8 [B, C, H, W], int64 labels [B], int64 index [B]) for one process.
-
-        batch_size counts over all processes.  seed None: every picture once, in order; otherwise
-        shuffled anew for every epoch, see Batches.
-        """
-        part = self.splits[split]
-        workers = 0 if part.in_memory else workers
-        draw_seed = seed if AUGMENTATIONS[augment][0] else None
-        return DataLoader(
-            Pictures(part, self, draw_seed),
-            batch_size=None,  # the sampler names whole batches
-            sampler=Batches(len(part), batch_size, seed, rank, world),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            worker_init_fn=ignore_signals,
-            pin_memory=torch.cuda.is_available() and part.labels.device.type == "cpu",
-            generator=torch.Generator(),  # every iter() draws from it: leave the global one alone
-        )
-
-
-class Pictures(Dataset):
-    """Whole uint8 batches of a split, for the (epoch, indices) that Batches names."""
-
-    def __init__(self, split: Split, data: Data, draw_seed: int | None = None):
-        """draw_seed: crop photographs at random by it; None: in the centre."""
-        self.split, self.draw_seed = split, draw_seed
-        self.reading = data.channels, data.image_size, data.crop
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, key: tuple[int, list[int]]):
-        epoch, rows = key
-        index = torch.tensor(rows).to(self.split.labels.device, non_blocking=True)
-        labels = self.split.labels[index]
-        if self.split.in_memory:
-            return self.split.pixels(index), labels, index
-        draws = [None] * len(rows)
-        if self.draw_seed is not None:
-            draws = uniform(self.draw_seed, epoch, index, 4).tolist()
-        try:
-            pixels = [
-                pictures.read_image(self.split.images[i], *self.reading, draw)
-                for i, draw in zip(rows, draws, strict=True)
-            ]
-        except pictures.UnreadableImage as error:
-            return error  # raised by on_device: a worker's own would carry its traceback along
-        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), labels, index
-
-
-class Batches(Sampler):
-    """The part of every batch that is one process's: (epoch, [index, …]).
-
-    A batch holds the same pictures in the same order on any number of processes.  Set `epoch`
-    before iterating, and `start` to begin with a later batch than the first; with a seed every
-    epoch has an order of its own.
-
-    Batch norm cannot train on one picture.  So while training, a short last batch is shared by as
-    many processes as have two for each; the others repeat two of its pictures, which do not count.
-    A last batch of one picture is dropped.
-    """
-
-    def __init__(self, count, batch_size, seed=None, rank=0, world=1):
-        self.total = self.count = count
-        self.batch_size, self.seed = batch_size, seed
-        self.rank, self.world = rank, world
-        self.epoch = self.start = 0
-        self.least = max(1, min(2, batch_size // world))  # pictures to a process
-        if seed is not None and count % batch_size == 1 and count > 1:
-            self.count -= 1
-
-    def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
-
-    def size(self, step: int) -> int:
-        """Pictures in batch `step` of an epoch, over all processes."""
-        return min(self.batch_size, self.count - step * self.batch_size)
-
-    def sharing(self, size: int) -> int:
-        """How many processes, the first ones, have a part of their own in a batch of this size."""
-        return max(1, min(self.world, size // self.least)) if self.seed is not None else self.world
-
-    def counts(self, step: int) -> bool:
-        """Whether this process's part of batch `step` is its own, and not a repetition."""
-        return self.rank < self.sharing(self.size(step))
-
-    def __iter__(self):
-        order = torch.arange(self.count)
-        if self.seed is not None:
-            generator = generator_for(self.seed, self.epoch)
-            order = torch.randperm(self.total, generator=generator)[: self.count]
-        for batch in order.split(self.batch_size)[self.start :]:
-            sharing = self.sharing(len(batch))
-            mine = batch[self.rank :: sharing] if self.rank < sharing else batch[: self.least]
-            if len(mine):
-                yield self.epoch, mine.tolist()
-
-
-def on_device(loader: DataLoader, device: torch.device):
-    """The loader's batches on the device.  Errors: UnreadableImage for a file gone or damaged."""
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        # Towards the CPU nothing would wait for the copy.
-        wait = torch.device(device).type == "cpu"
-        yield tuple(part.to(device, non_blocking=not wait) for part in batch)
-
-
-def generator_for(seed: int, epoch: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-
+import lenslet.files
+from lenslet.data import sets
+from lenslet.data.batches import SMALL, Data, Split
+from lenslet.data.decode import read_image
+from lenslet.data.layout import find_folder, is_divided, is_small, list_folder
+from lenslet.data.sets import is_set
+from lenslet.data.split import subset, validation_mask
+from lenslet.data.verify import inspect_images
+from lenslet.errors import OutsideError, UserError
 
 # The recipe that supplies the defaults for a data set; a folder's follows from its pictures.
 RECIPES = {
@@ -217,28 +36,16 @@ def recipe_for(name: str) -> str:
     return "cifar10" if is_small(find_folder(name), SMALL) else "photos"
 
 
-def choose(name: str | None) -> str:
+def choose_data(name: str | None) -> str:
     """--data, a folder as its full path; without it CIFAR-10 or, for want of that, the digits."""
     if name:
         return name if is_set(name) else str(find_folder(name).resolve())
     try:
-        sources.ensure("cifar10", patience=15)
+        sets.ensure("cifar10", patience=15)
         return "cifar10"
     except OutsideError as error:
         print(f"CIFAR-10 is not to be had, so the bundled digits are used instead: {error}")
         return "digits"
-
-
-def is_set(name: str) -> bool:
-    """Whether --data names a known set; if not, a folder.  Errors: UserError if neither."""
-    if name in sources.SETS:
-        return True
-    if "/" not in name and os.sep not in name and not Path(name).is_dir():
-        raise UserError(
-            f"--data {name}: no such data set{nearest(name, sources.SETS)}; known are "
-            f"{', '.join(sources.SETS)}, or give a folder of pictures"
-        )
-    return False
 
 
 def load(
@@ -280,13 +87,13 @@ def load(
         )
     rows = _choose_rows(name, found, classes, val, fold, is_divided(root))
     for split in ("train", "val"):
-        kept = first(torch.tensor([label for _, label in rows[split]]), limit, name)
+        kept = subset(torch.tensor([label for _, label in rows[split]]), limit, name)
         rows[split] = [rows[split][i] for i in kept.tolist()]
     # Whoever trains learns of every broken file now, those that test.py would meet included.
     looked_at = rows if "train" in wanted and not limit else wanted
     files = sorted({file for split in looked_at for file, _ in rows.get(split, [])})
-    checked, broken, array = pictures.inspect_images(
-        files, SMALL, sources.DATA / "inspected.json", workers
+    checked, broken, array = inspect_images(
+        files, SMALL, lenslet.files.DATA / "inspected.json", workers
     )
     if broken and not skip_broken:
         raise UserError(
@@ -317,7 +124,7 @@ def load(
     def read(file):
         pixels = checked[file][2]
         if pixels.shape[:2] != image_size or pixels.shape[2] > channels:
-            return pictures.read_image(file, channels, image_size, crop)
+            return read_image(file, channels, image_size, crop)
         return np.broadcast_to(pixels, (*image_size, channels))
 
     in_memory = in_memory and max(image_size) <= SMALL
@@ -358,7 +165,7 @@ def _choose_rows(name, found, classes, val, fold, divided: bool) -> dict[str, li
         rows["train"] += rows["val"]
         rows["val"] = []
     if (fold or val) and not rows["val"]:
-        away = kept_away(torch.tensor([label for _, label in rows["train"]]), val, fold)
+        away = validation_mask(torch.tensor([label for _, label in rows["train"]]), val, fold)
         both = list(zip(rows["train"], away.tolist(), strict=True))
         rows["train"] = [row for row, is_away in both if not is_away]
         rows["val"] = [row for row, is_away in both if is_away]
@@ -366,7 +173,7 @@ def _choose_rows(name, found, classes, val, fold, divided: bool) -> dict[str, li
 
 
 def _load_set(name, wanted, val, fold, limit, like) -> Data:
-    folder = sources.ensure(name)
+    folder = sets.ensure(name)
     splits = {}
     for file in {"test" if split == "test" else "train" for split in wanted}:
         path = folder / f"{file}.safetensors"
@@ -378,9 +185,9 @@ def _load_set(name, wanted, val, fold, limit, like) -> Data:
             raise UserError(f"{path}: damaged ({error}); remove it to have it made anew") from error
         parts = {file: torch.arange(len(labels))}
         if file == "train":
-            away = kept_away(labels, val, fold)
+            away = validation_mask(labels, val, fold)
             parts = {"train": (~away).nonzero().flatten(), "val": away.nonzero().flatten()}
-            parts = {s: rows[first(labels[rows], limit, name)] for s, rows in parts.items()}
+            parts = {s: rows[subset(labels[rows], limit, name)] for s, rows in parts.items()}
         for split, rows in parts.items():
             if split in wanted and len(rows):
                 names = [str(i) for i in rows.tolist()]

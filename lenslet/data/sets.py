@@ -4,10 +4,10 @@
 download stops and goes on at any byte, from any source, and nothing unchecked is ever converted.
 """
 
-import contextlib
 import io
 import itertools
 import json
+import os
 import pickle
 import shutil
 import tarfile
@@ -17,19 +17,31 @@ import numpy as np
 import safetensors.torch
 import torch
 
-import checkpoint
-import fetch
-import options
-from options import UserError
+from lenslet import files
+from lenslet.data import download as fetch
+from lenslet.errors import UserError, nearest
+from lenslet.files import atomic_write, exclusive
+
+
+def is_set(name: str) -> bool:
+    """Whether --data names a known set; if not, a folder.  Errors: UserError if neither."""
+    if name in SETS:
+        return True
+    if "/" not in name and os.sep not in name and not Path(name).is_dir():
+        raise UserError(
+            f"--data {name}: no such data set{nearest(name, SETS)}; known are "
+            f"{', '.join(SETS)}, or give a folder of pictures"
+        )
+    return False
+
 
 try:
     import fcntl
 except ImportError:  # Windows: two downloads of one set at once are then the user's to avoid
     fcntl = None
 
-DATA = options.ROOT / "data"
-SPLITS = ("train", "test")
 
+SPLITS = ("train", "test")
 DIGITS = [str(digit) for digit in range(10)]
 
 
@@ -143,11 +155,11 @@ def ensure(name: str, source: str | None = None, patience: float = 30.0) -> Path
     source serves; OSError when the disk is full.  What was downloaded is kept for the next call.
     """
     spec = lookup(name)
-    folder = DATA / name
+    folder = files.DATA / name
     if _is_complete(folder):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder):
+    with exclusive(folder):
         if _is_complete(folder):  # another process was faster
             return folder
         if spec["kind"] == "digits":
@@ -165,7 +177,7 @@ def ensure(name: str, source: str | None = None, patience: float = 30.0) -> Path
                 "labels": torch.from_numpy(np.array(labels, np.int64)),
             }
             data = safetensors.torch.save(tensors, header)
-            checkpoint.atomic_write(folder / f"{split}.safetensors", data)
+            atomic_write(folder / f"{split}.safetensors", data)
         # Only now: a call cut short above starts again from the archives.
         shutil.rmtree(folder / "download", ignore_errors=True)
     return folder
@@ -175,22 +187,13 @@ def lookup(name: str) -> dict:
     """The set's entry in SETS.  Errors: UserError naming the known sets."""
     if name not in SETS:
         raise UserError(
-            f"{name}: no such data set{options.nearest(name, SETS)}; known are {', '.join(SETS)}"
+            f"{name}: no such data set{nearest(name, SETS)}; known are {', '.join(SETS)}"
         )
     return SETS[name]
 
 
 def _is_complete(folder: Path) -> bool:
     return all((folder / f"{split}.safetensors").exists() for split in SPLITS)
-
-
-@contextlib.contextmanager
-def alone(folder: Path):
-    """One process at a time; the lock goes with the process that held it."""
-    with open(folder / ".lock", "w") as lock:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 # The few names that a pickled array needs, as numpy 1 and numpy 2 spell them.

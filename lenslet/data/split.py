@@ -1,12 +1,12 @@
-"""Which pictures of a set are trained on, and which are kept to validate: the same ones always."""
+"""Which images are trained on, and which are kept for validation: always the same ones."""
 
 import torch
 from torch import Tensor
 
-from options import UserError
+from lenslet.errors import UserError
 
 
-def kept_away(labels: Tensor, val: float, fold: str | None) -> Tensor:
+def validation_mask(labels: Tensor, val: float, fold: str | None) -> Tensor:
     """Mark what is validated on, as bool [N].  labels int64 [N]."""
     if not fold:
         return stratified(labels, val)
@@ -17,7 +17,7 @@ def kept_away(labels: Tensor, val: float, fold: str | None) -> Tensor:
     return folds(labels, count) == number - 1
 
 
-def first(labels: Tensor, limit: int | None, name: str) -> Tensor:
+def subset(labels: Tensor, limit: int | None, name: str) -> Tensor:
     """The indices of `limit` pictures of all classes in their proportion, in order; None: of all.
 
     labels int64 [N].

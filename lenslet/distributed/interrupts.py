@@ -91,7 +91,7 @@ def _end_workers() -> None:
         worker.kill()
 
 
-def name_the_lost(rank: int) -> None:
+def name_lost_processes(rank: int) -> None:
     """From now on, an error that comes of another process's end is one line that names it."""
     import psutil
     from accelerate.utils import gather_object

@@ -5,24 +5,22 @@ Accelerate decides nearly all of it; what is here mends where a launcher and a C
 
 import ctypes
 import os
-import platform
 import sys
 import time
 import warnings
 from datetime import timedelta
-from importlib.metadata import version
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
-from joblib import cpu_count  # knows of affinity and of container quotas
+from joblib import cpu_count
 from torch import distributed
 
-from interrupts import name_the_lost
-from options import UserError
+from lenslet.distributed.interrupts import name_lost_processes
+from lenslet.errors import UserError
 
 
-def launch(threads: int | None = None) -> PartialState:
+def start_processes(threads: int | None = None) -> PartialState:
     """Join the other processes of this run, if any, and take this one's share of the cores.
 
     threads: of this process; None: as many as the user's OMP_NUM_THREADS or its share says.
@@ -41,7 +39,7 @@ def launch(threads: int | None = None) -> PartialState:
             "start them with `make train PROCESSES=N`"
         )
     if world > 1:
-        name_the_lost(state.process_index)
+        name_lost_processes(state.process_index)
     keep_freed_memory()
     launched = any(k in os.environ for k in ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"))
     set_already = os.environ.get("OMP_NUM_THREADS")
@@ -65,7 +63,7 @@ def _meeting_point(world: int) -> dict:
     return {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
 
 
-def from_main(state: PartialState, work):
+def from_main_process(state: PartialState, work):
     """What work() returns on the first process, on all of them.
 
     Where it fails, the first process raises and the others leave quietly with its exit status:
@@ -86,7 +84,7 @@ def from_main(state: PartialState, work):
     return result
 
 
-def main_first(state: PartialState, work):
+def main_process_first(state: PartialState, work):
     """What work() returns on each process; the others begin when the first one has succeeded."""
     result = None
 
@@ -94,32 +92,8 @@ def main_first(state: PartialState, work):
         nonlocal result
         result = work()
 
-    from_main(state, first)
+    from_main_process(state, first)
     return result if state.is_main_process else work()
-
-
-def circumstances(precision: str) -> dict:
-    """What else than the options has a say in the last bits of a result."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
-    found = {name: version(name) for name in ("torch", "torchvision", "accelerate", "timm")}
-    return {
-        "versions": {"python": platform.python_version(), **found},
-        "device": device,
-        "precision": precision,
-        "threads": torch.get_num_threads(),
-        "processes": PartialState().num_processes,
-    }
-
-
-def compute_deterministically() -> None:
-    """Have a GPU take the same bits' way every time; before anything has run on it."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing reads it
-    torch.backends.cudnn.benchmark = False
 
 
 def keep_freed_memory() -> None:
@@ -141,12 +115,12 @@ def cores() -> int:
     return max(1, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def workers(asked: int | None) -> int:
+def decoding_workers(asked: int | None) -> int:
     """Processes to decode photographs with; more than 8 to a training process do not pay."""
     return min(8, cores()) if asked is None else asked
 
 
-def accelerator(asked: str, otherwise: str = "auto") -> Accelerator:
+def create_accelerator(asked: str, otherwise: str = "auto") -> Accelerator:
     """The Accelerator for --precision, after launch(); see choose_precision().
 
     Errors: UserError where the device cannot compute in that precision.
@@ -194,68 +168,8 @@ def cpu_has_bf16() -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})  # the last one is Arm's
 
 
-def settle_order(model: torch.nn.Module, images: torch.Tensor, accelerator: Accelerator) -> None:
-    """Have several processes add gradients up in the same order from the first step on.
-
-    DistributedDataParallel rearranges them once, after its first backward pass, and with more than
-    two processes the order of a sum shows in its last bits: a run that goes on would differ.
-    images: what the network is fed; nothing is learned from them.
-    """
-    if accelerator.num_processes > 1:
-        buffers = [buffer.clone() for buffer in model.buffers()]
-        accelerator.backward(0 * model(images).sum())
-        model.zero_grad()
-        for buffer, before in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-
-
-def wrap_again(model, images: torch.Tensor, accelerator: Accelerator) -> torch.nn.Module:
-    """A prepared model for the parameters that are trained now: others than when it was prepared.
-
-    DistributedDataParallel only ever exchanges the gradients that there were at first.
-    """
-    if accelerator.num_processes > 1:
-        devices = model.device_ids
-        model = type(model)(model.module, device_ids=devices, broadcast_buffers=False)
-        settle_order(model, images, accelerator)
-    return model
-
-
-def seed_step(seed: int, step: int, rank: int, world: int, device: torch.device) -> None:
-    """Have what dropout draws depend on the step and the process, and on nothing before."""
-    key = ((seed * 1_000_003 + step) * world + rank) % 2**63
-    torch.default_generator.manual_seed(key)  # torch.manual_seed is 0.1 ms slower without a GPU
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(key)
-
-
-def now(device: torch.device) -> float:
+def device_time(device: torch.device) -> float:
     """The time in seconds when the device has done all it was given."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
     return time.perf_counter()
-
-
-def speed(network: torch.nn.Module, images, labels, accelerator: Accelerator) -> float:
-    """Pictures a second that this process trains a network on; nothing is learned.
-
-    images [B, C, H, W] as it is fed them, labels [B].
-    """
-    network.to(accelerator.device, memory_format=torch.channels_last)
-    for step in range(3):
-        if step == 1:  # libraries choose their ways in the first one
-            began = now(accelerator.device)
-        with accelerator.autocast():
-            loss = torch.nn.functional.cross_entropy(network(images), labels)
-        loss.backward()
-    return 2 * len(labels) / (now(accelerator.device) - began)
-
-
-def sync_buffers(model: torch.nn.Module, accelerator: Accelerator) -> None:
-    """Average batch-norm statistics over the processes: each has seen its own pictures only.
-
-    In double precision, which leaves equal ones as they are.
-    """
-    for buffer in model.buffers():
-        if accelerator.num_processes > 1 and buffer.is_floating_point():
-            buffer.copy_(accelerator.reduce(buffer.double(), "mean"))

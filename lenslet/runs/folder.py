@@ -13,9 +13,9 @@ import os
 import platform
 from pathlib import Path
 
-import options
-from checkpoint import newest_checkpoint
-from options import UserError
+from lenslet import files
+from lenslet.errors import UserError
+from lenslet.runs.checkpoint import newest_checkpoint
 
 LOCKS = []  # open files: a lock lasts as long as the process
 
@@ -39,7 +39,7 @@ def claim(folder: str | Path, compare, resume: bool = True) -> tuple[Path, Path 
             if not notes:
                 notes = [f"{run} is unfinished, but not with these options ({different}): new run"]
             continue
-        run, checkpoint, damaged = continued(run)
+        run, checkpoint, damaged = lock_unfinished(run)
         if checkpoint or not (run / "model.safetensors").exists():
             return run, checkpoint, damaged
         LOCKS.pop().close()
@@ -62,7 +62,7 @@ def claim(folder: str | Path, compare, resume: bool = True) -> tuple[Path, Path 
             return run, None, notes
 
 
-def continued(run: Path) -> tuple[Path, Path | None, list[str]]:
+def lock_unfinished(run: Path) -> tuple[Path, Path | None, list[str]]:
     """Lock an unfinished run, and find the checkpoint that it goes on from; as claim() returns."""
     if holder := _lock(run):
         raise UserError(
@@ -76,9 +76,9 @@ def continued(run: Path) -> tuple[Path, Path | None, list[str]]:
     return run, checkpoint, notes
 
 
-def resumed(run: Path) -> tuple[Path, Path | None, list[str]]:
+def resume(run: Path) -> tuple[Path, Path | None, list[str]]:
     """continued() for a run that was asked for by name.  Errors: UserError where it cannot be."""
-    run, checkpoint, damaged = continued(run)
+    run, checkpoint, damaged = lock_unfinished(run)
     if not checkpoint and (run / "model.safetensors").exists():
         raise UserError(". ".join([*damaged, f"--resume {run}: no whole checkpoint to go on from"]))
     return run, checkpoint, damaged
@@ -143,17 +143,17 @@ def _lock(run: Path) -> str:
 
 def point_latest(run: Path) -> None:
     """Make runs/latest name this run; where that cannot be written, the run goes on without."""
-    aside = options.RUNS / f".latest.{os.getpid()}"
+    aside = files.RUNS / f".latest.{os.getpid()}"
     with contextlib.suppress(OSError):
-        options.RUNS.mkdir(exist_ok=True)
+        files.RUNS.mkdir(exist_ok=True)
         aside.unlink(missing_ok=True)
-        aside.symlink_to(os.path.relpath(run.resolve(), options.RUNS.resolve()))
-        os.replace(aside, options.RUNS / "latest")
+        aside.symlink_to(os.path.relpath(run.resolve(), files.RUNS.resolve()))
+        os.replace(aside, files.RUNS / "latest")
 
 
 def latest_weights() -> Path:
     """The newest run's weights file.  Errors: UserError where nothing has been trained yet."""
-    path = options.RUNS / "latest" / "model.safetensors"
+    path = files.RUNS / "latest" / "model.safetensors"
     if not path.is_file():
-        raise UserError(f"no weights in {options.RUNS}: run `make train`, or give --weights FILE")
+        raise UserError(f"no weights in {files.RUNS}: run `make train`, or give --weights FILE")
     return path

@@ -5,10 +5,10 @@ import signal
 import subprocess
 import sys
 
-from options import ROOT
+from lenslet import files
 
 
-def train(words: list, processes: int = 1, threads: int | None = None) -> int:
+def run_training(words: list, processes: int = 1, threads: int | None = None) -> int:
     """Run scripts/train.py with these options to its end; its exit status.
 
     A signal is passed on, so that training saves and ends.  threads: of each process.
@@ -19,7 +19,7 @@ def train(words: list, processes: int = 1, threads: int | None = None) -> int:
     environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_MIXED_PRECISION"}
     if threads or processes > 1:  # where torchrun would set 1 itself, with a warning
         environment["OMP_NUM_THREADS"] = str(threads or 1)
-    command = [str(word) for word in (*launcher, ROOT / "scripts" / "train.py", *words)]
+    command = [str(word) for word in (*launcher, files.ROOT / "scripts" / "train.py", *words)]
     process = subprocess.Popen(command, env=environment)
     # The terminal sends a Ctrl-C to training too.
     before = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}

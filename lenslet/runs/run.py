@@ -14,34 +14,36 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 
-import checkpoint
-import choices
-import options
-import run_folder
-import runtime
-from curves import Curves
-from options import UserError
+from lenslet.cli import Parser, parse, parse_duration, stored
+from lenslet.distributed.determinism import environment
+from lenslet.distributed.start import from_main_process
+from lenslet.errors import UserError
+from lenslet.files import atomic_write
+from lenslet.runs import checkpoint
+from lenslet.runs import folder as run_folder
+from lenslet.runs.tensorboard import TensorBoard
+from lenslet.training.optimizers import innermost
 
 # Options that change no bit of the weights: an interrupted run may go on with others.
 FREE = {"output", "workers", "log_every", "save_every", "watch"}
 
 
-def differences(parser: options.Parser, run: Path, args) -> str:
+def differences(parser: Parser, run: Path, args) -> str:
     """How the options of a run differ from these in what its weights depend on, in words."""
     try:
-        before = options.stored(options.parse(parser, ["--config", run / "options.yaml"]))
+        before = stored(parse(parser, ["--config", run / "options.yaml"]))
     except UserError:
         return "its options.yaml cannot be read"
-    changed = [k for k, v in options.stored(args).items() if k not in FREE and before[k] != v]
+    changed = [k for k, v in stored(args).items() if k not in FREE and before[k] != v]
     return ", ".join(
         f"--{k.replace('_', '-')} was {before[k]}, now {getattr(args, k)}" for k in changed
     )
 
 
-def find_run(parser: options.Parser, args, folder: Path) -> tuple[Path, Path | None, list[str]]:
+def find_run(parser: Parser, args, folder: Path) -> tuple[Path, Path | None, list[str]]:
     """The run to train, its newest whole checkpoint, and notes; see run_folder.claim()."""
     if args.resume:
-        return run_folder.resumed(run_folder.find(args.resume))
+        return run_folder.resume(run_folder.find(args.resume))
     # Processes that torchrun has started again go on in any case.
     wanted = args.resume is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     return run_folder.claim(folder, lambda run: differences(parser, run, args), wanted)
@@ -61,7 +63,7 @@ def capture(at: SimpleNamespace, inputs: dict, networks: dict, optimizer, accele
         "buffers": gather_object([buffers]) if accelerator.num_processes > 1 else [buffers],
         "optimizer": optimizer.state_dict(),
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-        "circumstances": runtime.circumstances(accelerator.mixed_precision),
+        "circumstances": environment(accelerator.mixed_precision),
     }
 
 
@@ -78,7 +80,7 @@ def restore(
         if saved["inputs"][name] != sha256:
             raise UserError(f"{run}: the {name} changed since; begin anew with --no-resume")
     torch.set_num_threads(saved["circumstances"]["threads"])
-    for key, now in runtime.circumstances(accelerator.mixed_precision).items():
+    for key, now in environment(accelerator.mixed_precision).items():
         if now != (before := saved["circumstances"][key]):
             notes.append(f"{key} was {before}, is {now}: the last bits may differ")
     own = saved["buffers"][accelerator.process_index % len(saved["buffers"])]
@@ -94,7 +96,7 @@ def restore(
             f"{path}: is not of this network ({str(error).splitlines()[-1].strip()}); begin anew "
             "with --no-resume"
         ) from error
-    for p, state in choices.innermost(optimizer).state.items():
+    for p, state in innermost(optimizer).state.items():
         for key, value in state.items():
             if (
                 torch.is_tensor(value) and p.ndim and value.shape == p.shape
@@ -117,15 +119,15 @@ class Saver:
     weights: the best weights so far as a file, kept with every checkpoint.
     """
 
-    def __init__(self, run: Path, newest: Path | None, every: str, curves: Curves | None):
+    def __init__(self, run: Path, newest: Path | None, every: str, curves: TensorBoard | None):
         self.run, self.newest, self.curves = run, newest, curves
         self.steps = int(every) if every.isdecimal() else 0
-        self.seconds = 0 if self.steps else options.duration(every)
+        self.seconds = 0 if self.steps else parse_duration(every)
         self.when = time.perf_counter()
         self.files, self.weights = {}, None
         if curves and newest and (newest / "model.safetensors").exists():
             self.weights = (newest / "model.safetensors").read_bytes()
-            checkpoint.atomic_write(run / "model.safetensors", self.weights)
+            atomic_write(run / "model.safetensors", self.weights)
         self.kept = self.weights
 
     def is_late(self) -> bool:
@@ -142,7 +144,7 @@ class Saver:
         Where that fails training goes on, says so, and has the checkpoint before; OSError if this
         was the last chance.  Every process calls this.
         """
-        runtime.from_main(PartialState(), lambda: self._write(step, content, last))
+        from_main_process(PartialState(), lambda: self._write(step, content, last))
         self.when = time.perf_counter()
 
     def _write(self, step: int, content: dict, last: bool) -> None:
@@ -150,13 +152,13 @@ class Saver:
         try:
             for path in list(self.files):
                 path.parent.mkdir(exist_ok=True)
-                checkpoint.atomic_write(path, self.files[path])
+                atomic_write(path, self.files[path])
                 del self.files[path]
             self.newest = checkpoint.save_checkpoint(
                 self.run / "checkpoint", step, content, self.weights, self.newest
             )
             if self.weights is not self.kept:
-                checkpoint.atomic_write(self.run / "model.safetensors", self.weights)
+                atomic_write(self.run / "model.safetensors", self.weights)
                 self.kept = self.weights
         except OSError as error:
             if last:

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-import options
-from images import draw_grid
+from lenslet.cli import command
+from lenslet.grid import draw_grid
 
 
-def describe(record: dict, epochs: str, left: float, metric: str | None) -> str:
+def epoch_line(record: dict, epochs: str, left: float, metric: str | None) -> str:
     """An epoch's line on the console; metric: by which the best one is chosen."""
     line = f"epoch {record['epoch']}{epochs}"
     for split in ("train", "val"):
@@ -47,7 +47,7 @@ def introduce(args, data, model, accelerator) -> str:
     return "\n".join(lines)
 
 
-def as_json(at: SimpleNamespace, finished: bool) -> bytes:
+def metrics_json(at: SimpleNamespace, finished: bool) -> bytes:
     """metrics.json."""
     summary = {
         "best_epoch": at.best["epoch"],
@@ -79,11 +79,11 @@ def conclude(args, at: SimpleNamespace, run: Path) -> str:
             "at --lr, the network and the labels"
         )
     else:
-        lines.append(f"next: {options.command('test.py', '--weights', weights)}")
+        lines.append(f"next: {command('test.py', '--weights', weights)}")
     return "\n".join(lines)
 
 
-def picture_grid(prepare, images: Tensor, targets: Tensor, classes: list[str]) -> Tensor:
+def image_grid(prepare, images: Tensor, targets: Tensor, classes: list[str]) -> Tensor:
     """The first pictures of a batch as a network is fed them, with their classes, uint8 [3, H, W].
 
     images uint8 [B, C, H, W], targets float [B, classes].

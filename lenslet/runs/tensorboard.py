@@ -1,4 +1,4 @@
-"""TensorBoard's curves of a run."""
+"""What a run logs for TensorBoard."""
 
 import contextlib
 import threading
@@ -7,7 +7,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 
-class Curves:
+class TensorBoard:
     """What a run logs for TensorBoard.  A full disk costs points of the curves, not the run.
 
     step: of the run so far.  What was logged beyond it, by a run that was killed and now goes on

@@ -10,10 +10,41 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import sources
-from dataset import Split
-from folders import find_folder
-from options import UserError, nearest, number
+from lenslet.cli import number
+from lenslet.data import sets
+from lenslet.data.batches import Split
+from lenslet.data.layout import find_folder
+from lenslet.errors import UserError, nearest
+
+
+def create_objective(
+    args, data, weights: Tensor, teacher: tuple | None, accelerator
+) -> "Objective":
+    """The Objective of train.py's options.
+
+    weights float [N]: of the training pictures; teacher: as checkpoint.load_model() gives it.
+    """
+    teach = None
+    if teacher:
+        network, prepare, _ = teacher
+        network.to(accelerator.device).requires_grad_(False)
+        prepare.to(accelerator.device)
+
+        def teach(images):
+            with torch.no_grad(), accelerator.autocast():
+                return network(prepare(images)).float()
+
+    share = 0.5 if args.teacher_share is None else args.teacher_share
+    return Objective(
+        args.loss,
+        len(data.classes),
+        weights,
+        args.label_smoothing,
+        teach,
+        share,
+        args.temperature or 4.0,
+    )
+
 
 LOSSES = ("cross-entropy", "focal", "bce", "mse")
 
@@ -28,7 +59,7 @@ def loss_name(text: str) -> str:
     return text
 
 
-def each(text: str, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+def image_losses(text: str, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """The loss of each picture, [N], by a name that loss_name() takes.
 
     logits [N, C], targets [N, C] float, whose rows are shares that sum to 1.  smoothing: share of
@@ -83,7 +114,7 @@ def class_weights(text: str | None, counts: Tensor) -> Tensor:
     return weights
 
 
-def picture_weights(path: str | None, name: str, split: Split) -> tuple[Tensor, str]:
+def image_weights(path: str | None, name: str, split: Split) -> tuple[Tensor, str]:
     """The weight of each picture of a split in the loss, float [N], and the file's SHA-256.
 
     path: a CSV file with the columns file (below the data folder; in a named set the picture's
@@ -114,7 +145,7 @@ def picture_weights(path: str | None, name: str, split: Split) -> tuple[Tensor, 
         known = file in place
         if known:
             weights[place[file]] = weight
-        elif name in sources.SETS:
+        elif name in sets.SETS:
             known = file.isdecimal() and file == str(int(file)) and int(file) < len(split.images)
         else:  # a picture to validate or test with, or beyond --limit
             known = (find_folder(name) / file).is_file()
@@ -152,7 +183,7 @@ class Objective:
         """The sum over a batch.  logits [B, C] of uint8 images [B, ?, H, W]; targets [B, C]."""
         weights = targets.sum(1)
         shares = targets / weights[:, None]
-        found = each(self.loss, logits, shares, self.smoothing)
+        found = image_losses(self.loss, logits, shares, self.smoothing)
         if self.teacher:
             taught = distillation(logits, self.teacher(images), self.temperature)
             found = (1 - self.share) * found + self.share * taught

@@ -1,11 +1,11 @@
-"""What went wrong in training, in a line that says what to try."""
+"""Running loss and accuracy, and one line of advice when training goes wrong."""
 
 import contextlib
 import math
 
 import torch
 
-from options import OutsideError, UserError
+from lenslet.errors import OutsideError, UserError
 
 
 def largest_gradient(model: torch.nn.Module, step: int, before: tuple | None) -> tuple:
@@ -18,7 +18,7 @@ def largest_gradient(model: torch.nn.Module, step: int, before: tuple | None) ->
     return list(gradients)[norms.argmax()], largest, step
 
 
-def explosion(loss: float, epoch: int, step: int, lr: float, gradient: tuple, kept) -> str:
+def diverged(loss: float, epoch: int, step: int, lr: float, gradient: tuple, kept) -> str:
     """What is said of a loss that is infinite or not a number.
 
     gradient: as largest_gradient() found it.  kept: where good weights are, '' if nowhere.
@@ -32,7 +32,7 @@ def explosion(loss: float, epoch: int, step: int, lr: float, gradient: tuple, ke
 
 
 @contextlib.contextmanager
-def advice(batch_size: int, accumulate: int):
+def memory_advice(batch_size: int, accumulate: int):
     """Say what to try where memory is short, or a GPU has no way to the same bits every time."""
     try:
         yield

@@ -3,21 +3,31 @@
 import argparse
 from pathlib import Path
 
-import choices
-import dataset
-import losses
-import options
+from lenslet.cli import (
+    Parser,
+    add_running_options,
+    create_parser,
+    number,
+    parse,
+    steps_or_percent,
+    steps_or_time,
+    time_span,
+)
+from lenslet.data.augment import AUGMENTATIONS
+from lenslet.data.load import recipe_for
+from lenslet.errors import UserError
+from lenslet.training.losses import LOSSES, loss_name
+from lenslet.training.optimizers import OPTIMIZERS, optimizer_name
+from lenslet.training.schedules import schedule_name
 from model import network_defaults
-from options import UserError, interval, number
-from transforms import AUGMENTATIONS
 
 METRICS = ("accuracy", "f1", "loss")
 MEMORISED = 200  # epochs that --overfit takes at most, where --epochs does not say more
 
 
-def build_parser(description: str = "") -> options.Parser:
+def build_parser(description: str = "") -> Parser:
     """train.py's parser; description is its module docstring."""
-    parser = options.parser(description)
+    parser = create_parser(description)
     flag = argparse.BooleanOptionalAction
     share, count = number(float, 0, 1), number(int, 1)
     positive = number(float, 0, above=True)
@@ -69,15 +79,15 @@ def build_parser(description: str = "") -> options.Parser:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", metavar="N", type=count, default=10, help="times through all pictures")
     help = "train for so long (60s, 5m, 2h) instead, all from the first step to the last counted in"
-    add("--time", metavar="T", type=options.span, help=help)
+    add("--time", metavar="T", type=time_span, help=help)
     help = "weights trained with --time: repeat their steps, whatever the clock says"
     add("--plan", metavar="FILE", help=help)
     help = "pictures per optimizer step, over all processes"
     add("-b", "--batch-size", metavar="N", type=count, default=64, help=help)
     help = "compute a batch in so many parts of 2 or more pictures, to save memory"
     add("--accumulate", metavar="PARTS", type=count, default=1, help=help)
-    help = f"{', '.join(choices.OPTIMIZERS)}, or any name of timm's; adamw suits most networks"
-    add("--optimizer", metavar="NAME", type=choices.optimizer_name, default="adamw", help=help)
+    help = f"{', '.join(OPTIMIZERS)}, or any name of timm's; adamw suits most networks"
+    add("--optimizer", metavar="NAME", type=optimizer_name, default="adamw", help=help)
     add("--lr", metavar="X", type=positive, default=0.001, help="learning rate")
     add("--momentum", metavar="X", type=share, default=0.9, help="of sgd, muon and their like")
     add("--nesterov", action=flag, default=False, help="Nesterov's momentum for sgd")
@@ -90,17 +100,17 @@ def build_parser(description: str = "") -> options.Parser:
         "restarts:5:2, onecycle (which moves the momentum too), plateau:0.1:3 (30, 60, 5 and 3 "
         "are epochs)"
     )
-    add("--schedule", metavar="NAME", type=choices.schedule_name, default="cosine", help=help)
+    add("--schedule", metavar="NAME", type=schedule_name, default="cosine", help=help)
     help = "optimizer steps (500), or share of them all (20%%), of linear rise to the learning rate"
-    add("--warmup", metavar="N", type=options.portion, default="0", help=help)
+    add("--warmup", metavar="N", type=steps_or_percent, default="0", help=help)
     help = "largest norm of all gradients together"
     add("--clip", metavar="NORM", type=positive, help=help)
     help = "of the first weights, the order and the augmentation"
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help=help)
 
     add = parser.add_argument_group("loss").add_argument
-    help = f"{', '.join(losses.LOSSES)}; focal:2 is focal with its gamma; mse: of probabilities"
-    add("--loss", metavar="NAME", type=losses.loss_name, default="cross-entropy", help=help)
+    help = f"{', '.join(LOSSES)}; focal:2 is focal with its gamma; mse: of probabilities"
+    add("--loss", metavar="NAME", type=loss_name, default="cross-entropy", help=help)
     help = "of the true class's weight in the loss, spread over all classes"
     add("--label-smoothing", metavar="SHARE", type=number(float, 0, 0.99), default=0.0, help=help)
     help = "of the classes in the loss: balanced, for classes of unequal size, or W1,W2,…"
@@ -126,7 +136,7 @@ def build_parser(description: str = "") -> options.Parser:
     help = "keep a moving average of the weights, of about 1 / (1 - DECAY) steps (0.999)"
     add("--ema", metavar="DECAY", type=number(float, 0, 0.999999, above=True), help=help)
 
-    add = options.add_running_options(parser)
+    add = add_running_options(parser)
     help = "let torch compile the network, which takes a minute, and did not pay on a CPU"
     add("--compile", action=flag, default=False, help=help)
     help = "have a GPU compute the same bits every time, as a CPU does: slower"
@@ -135,7 +145,7 @@ def build_parser(description: str = "") -> options.Parser:
     add = parser.add_argument_group("output").add_argument
     add("--output", metavar="DIR", help="run folder (default: runs/<data>-<model>)")
     help = "steps (500) or time (90s, 5m, 2h) between checkpoints; each epoch ends with one too"
-    add("--save-every", metavar="N", type=interval, default="5m", help=help)
+    add("--save-every", metavar="N", type=steps_or_time, default="5m", help=help)
     help = "go on with this run, with its options (default: the unfinished run with these options)"
     add("--resume", metavar="RUN", help=help)
     help = "begin a new run"
@@ -171,18 +181,18 @@ def class_weights(text: str) -> str:
     return text
 
 
-def complete(parser: options.Parser, typed, argv: list[str] | None, data: str):
+def complete(parser: Parser, typed, argv: list[str] | None, data: str):
     """All options of a training on a data set: those typed, over those of the set's recipe.
 
     typed: argv alone, parsed.  Errors: UserError, as settle() and for a network that is unknown.
     """
     args = typed
     if not args.model and not args.config:
-        args = options.parse(parser, argv, recipe=dataset.recipe_for(data))
+        args = parse(parser, argv, recipe=recipe_for(data))
     if not args.model:
         raise UserError(f"--config {args.config} names no model: add one there, or give --model")
     args.data = data
-    settle(args)
+    check(args)
     network_defaults(args.model)  # a misspelt name ends here, before any download
     return args
 
@@ -199,7 +209,7 @@ def run_name(args) -> str:
     return f"{name}-overfit-{args.overfit}" if args.overfit else name
 
 
-def settle(args) -> None:
+def check(args) -> None:
     """Refuse what makes no sense together, and set what follows from other options.
 
     Before anything is read or fetched.  Errors: UserError.
@@ -209,7 +219,7 @@ def settle(args) -> None:
         if path and path != "timm" and Path(path).exists():  # wherever the next command is given
             setattr(args, name, str(Path(path).resolve()))
     if args.overfit:
-        _leave_out(args)
+        _for_overfitting(args)
     mixes = [f"--{name}" for name in ("mixup", "cutmix") if getattr(args, name)]
     soft = " and ".join(mixes + (["--label-smoothing"] if args.label_smoothing else []))
     by_scores = args.patience or args.schedule.startswith("plateau")
@@ -251,7 +261,7 @@ def settle(args) -> None:
                 not validates(args),
                 f"{wish} needs validation pictures: give a --val above 0, or --fold",
             )
-            for wish in wishes(args)
+            for wish in needing_validation(args)
         ),
     ]
     for refused, said in refusals:
@@ -259,7 +269,7 @@ def settle(args) -> None:
             raise UserError(said)
 
 
-def wishes(args) -> list[str]:
+def needing_validation(args) -> list[str]:
     """The options given that need validation pictures."""
     given = {
         "--metric": args.metric,
@@ -270,7 +280,7 @@ def wishes(args) -> list[str]:
     return [option for option, value in given.items() if value]
 
 
-def settle_with(args, data, importance, teacher) -> None:
+def check_with_data(args, data, importance, teacher) -> None:
     """Refuse what does not go with the data, before there is a run folder.
 
     importance float [N]: what each training picture weighs; teacher: as checkpoint.load_model()
@@ -278,7 +288,7 @@ def settle_with(args, data, importance, teacher) -> None:
     """
     count = len(data.splits["train"])
     if "val" not in data.splits:
-        for wish in wishes(args):
+        for wish in needing_validation(args):
             raise UserError(f"{wish} needs validation pictures: --val {args.val} leaves none")
     if args.overfit and count < args.overfit:
         raise UserError(f"--overfit {args.overfit}: there are {count} training pictures")
@@ -289,7 +299,7 @@ def settle_with(args, data, importance, teacher) -> None:
             raise UserError(f"--teacher {args.teacher}: has {key} {teacher[2][key]}, not {ours}")
 
 
-def _leave_out(args) -> None:
+def _for_overfitting(args) -> None:
     """What --overfit is without; the picture weights and the network stay."""
     for other in ("fold", "limit", "time", "plan", "teacher", "freeze_epochs"):
         if getattr(args, other):

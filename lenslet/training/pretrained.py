@@ -11,11 +11,9 @@ No code that a file brings is ever run.
 import argparse
 import collections
 import contextlib
-import itertools
 import queue
 import re
 import threading
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -23,10 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import checkpoint
-import fetch
-import sources
-from options import OutsideError, UserError, nearest
+from lenslet import files
+from lenslet.data import download as fetch
+from lenslet.errors import OutsideError, UserError, nearest
+from lenslet.files import exclusive
+from lenslet.training.net import is_below
+from lenslet.weights import FORMAT, read_weights_file
 
 PATIENCE = 15.0  # s that the hub has to say which weights it holds
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # of a repository: the first that is there
@@ -112,9 +112,9 @@ def _from_hub(repository: str) -> Path:
 
 def _from_url(url: str) -> Path:
     """The file that a URL names, fetched once."""
-    folder = sources.DATA / "weights"
+    folder = files.DATA / "weights"
     folder.mkdir(parents=True, exist_ok=True)
-    with sources.alone(folder):  # two trainings would append to the same part
+    with exclusive(folder):  # two trainings would append to the same part
         return fetch.download_file(url, folder)
 
 
@@ -127,8 +127,8 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                ours = (file.metadata() or {}).get("format") == checkpoint.FORMAT
-            tensors, header = checkpoint.load(path) if ours else (load_file(path), {})
+                ours = (file.metadata() or {}).get("format") == FORMAT
+            tensors, header = read_weights_file(path) if ours else (load_file(path), {})
         else:  # timm's own checkpoints hold their options as a Namespace, which does nothing
             with torch.serialization.safe_globals([argparse.Namespace]):
                 tensors = _find(torch.load(path, map_location="cpu", weights_only=True))
@@ -189,7 +189,7 @@ def fit(
     fitting, reshaped, skipped = {}, {}, {}
     for name, there in origin.items():
         value, needed = tensors[there], own[name]
-        if _below(name, head) and not keep_head:
+        if is_below(name, head) and not keep_head:
             continue
         if stem and _channels(value, needed) == stem:  # RepVGG has two that see the picture
             value = _adapt(value, stem[1])
@@ -198,7 +198,7 @@ def fit(
             fitting[name] = value
         else:
             skipped[name] = f"{name} {list(value.shape)} in the file, {list(needed.shape)} here"
-    if not any(value.dim() > 1 and not _below(name, head) for name, value in fitting.items()):
+    if not any(value.dim() > 1 and not is_below(name, head) for name, value in fitting.items()):
         raise UserError(
             f"--pretrained {source}: nothing fits: it holds {_shapes(tensors)}; "
             f"the network needs {_shapes(own)}"
@@ -210,13 +210,13 @@ def fit(
     groups = {
         "reshaped": reshaped.values(),
         "skipped for their shapes": skipped.values(),
-        "new": [name for name in own if _below(name, head) and name not in fitting],
+        "new": [name for name in own if is_below(name, head) and name not in fitting],
         "not used of the file": [name for name in tensors if name not in used],
         "not in the file": [
             name
             for name in own
             # Counters that old files lack, and that no usual batch norm reads.
-            if not (name in origin or _below(name, head) or name.endswith("num_batches_tracked"))
+            if not (name in origin or is_below(name, head) or name.endswith("num_batches_tracked"))
         ],
     }
     count = sum(p.numel() for name, p in network.named_parameters() if name in fitting)
@@ -258,73 +258,6 @@ def _adapt(weight: Tensor, channels: int) -> Tensor:
         return weight.sum(1, keepdim=True)
     copies = -(-channels // present)
     return weight.repeat(1, copies, 1, 1)[:, :channels] * (present / channels)
-
-
-class Freezer:
-    """Which parameters are held fixed, and when they are released.
-
-    patterns: shell patterns; a parameter whose own name, or that of a module around it, matches one
-    is never trained.  epochs: for so many, nothing but what lies below the names in head is.
-    Parameters that did not require gradients to begin with never do.
-
-    Errors: UserError for a pattern that matches nothing, and where nothing is left to train.
-    """
-
-    def __init__(self, network: nn.Module, patterns: list[str], epochs: int, head: list[str]):
-        self.network, self.patterns, self.epochs, self.head = network, patterns, epochs, head
-        self.waiting = epochs > 0
-        parameters = dict(network.named_parameters())
-        self.trainable = {name: p for name, p in parameters.items() if p.requires_grad}
-        known = [*(name for name, _ in network.named_modules() if name), *parameters]
-        parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in parameters))
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in known):
-                hint = nearest(pattern, known)
-                raise UserError(
-                    f"--freeze {pattern}: no layer or parameter is called so{hint}; "
-                    f"{type(network).__name__} has {parts}"
-                )
-        if all(map(self._is_held, self.trainable)):
-            raise UserError(
-                f"--freeze {' '.join(patterns)}: nothing is left to train"
-                f"{', for --freeze-epochs trains the last layer alone' if epochs else ''}; "
-                f"{type(network).__name__} has {parts}"
-            )
-
-    def _is_held(self, name: str) -> bool:
-        """Whether a parameter or module of that name is held fixed now."""
-        if self.waiting and not _below(name, self.head):
-            return True
-        names = _lineage(name)
-        return any(fnmatchcase(part, pattern) for part in names for pattern in self.patterns)
-
-    def update(self, epoch: int) -> bool:
-        """Set requires_grad for an epoch, counted from 0; whether that changed any."""
-        self.waiting = epoch < self.epochs
-        before = [parameter.requires_grad for parameter in self.trainable.values()]
-        for name, parameter in self.trainable.items():
-            parameter.requires_grad_(not self._is_held(name))
-        return before != [parameter.requires_grad for parameter in self.trainable.values()]
-
-    def train(self) -> None:
-        """network.train(), where frozen layers keep their running statistics as they are.
-
-        A layer is judged by its own name and not by its parameters: it may have none.
-        """
-        self.network.train()
-        for name, layer in self.network.named_modules():
-            if isinstance(getattr(layer, "running_mean", None), Tensor) and self._is_held(name):
-                layer.eval()
-
-
-def _lineage(name: str) -> list[str]:
-    """Of "a.b.c": "a", "a.b" and "a.b.c"."""
-    return list(itertools.accumulate(name.split("."), lambda module, part: f"{module}.{part}"))
-
-
-def _below(name: str, roots: list[str]) -> bool:
-    """Whether a name is one of roots, or of something in them."""
-    return not set(roots).isdisjoint(_lineage(name))
 
 
 def _few(names) -> str:

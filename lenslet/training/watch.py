@@ -21,11 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runtime import now
+from lenslet.distributed.start import device_time
 
 LAYERS, VALUES, BINS = 30, 10_000, 64  # histograms of a kind at most; of each, values and columns
 PICTURES, MAPS, SIDE = 6, 16, 64  # layers with feature maps; of each, maps and their pixels, about
-
 # Of judge(); measured in 20 networks over the first steps with SGD at lr 0.1, AdamW or Muon.
 # The first layer has at least 2e-4 of the last one's gradient, but none in step 0 where the last
 # matrix begins at zero; six layers with sigmoid have 2e-5, and twelve 5e-10.  Along the weights it
@@ -76,9 +75,9 @@ class Watch:
     def _look(self, work, step: int, seconds: float) -> None:
         """Work, and then pause until it took half of `share`, as there are two kinds of work."""
         if seconds >= self.due[work]:
-            began = now(self.images.device)
+            began = device_time(self.images.device)
             work(step)
-            cost = now(self.images.device) - began
+            cost = device_time(self.images.device) - began
             # A curve of more than some thousand points shows no more, and its file grows.
             self.due[work] = seconds + max(2 * cost / self.share, seconds / 1000)
 

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from transforms import AUGMENTATIONS, Augment, Prepare, augment, channel_statistics, uniform, views
+from lenslet.data.augment import AUGMENTATIONS, Augment, augment, tta_views
+from lenslet.data.prepare import Prepare, channel_statistics
+from lenslet.distributed.determinism import uniform
 
 
 def pictures(count, channels=3, height=28, width=28):
@@ -112,14 +114,14 @@ def test_mirroring_alternates():
 def test_views():
     """Views weigh 1 together and are what training may have shown: the picture is half of them."""
     images = pictures(3)
-    assert [(w, x is images) for w, x in views(images, "none", False)] == [(1, True)]
-    assert [w for w, _ in views(images, "light", True)] == [1]
+    assert [(w, x is images) for w, x in tta_views(images, "none", False)] == [(1, True)]
+    assert [w for w, _ in tta_views(images, "light", True)] == [1]
     for kind, decoded, count in (
         ("light", False, 3),
         ("standard", False, 6),
         ("standard", True, 2),
     ):
-        shown = views(images, kind, decoded)
+        shown = tta_views(images, kind, decoded)
         assert len(shown) == count
         assert sum(weight for weight, _ in shown) == 1
         for weight, view in shown:

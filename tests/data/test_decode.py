@@ -9,9 +9,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import CenterCrop, Resize
 
-import images
-from images import UnreadableImage, draw_grid, encode_png, find_images, inspect_image, read_image
-from options import OutsideError
+from lenslet.data import decode
+from lenslet.data.decode import UnreadableImage, inspect_image, read_image
+from lenslet.data.layout import find_images
+from lenslet.errors import OutsideError
+from lenslet.grid import draw_grid, encode_png
 
 GREY = np.array([[0, 51, 102], [153, 204, 255]], np.uint8)
 RGB = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
@@ -312,8 +314,8 @@ def test_find_images(tmp_path):
 
 def test_longer_side(tmp_path):
     """The head of a file tells the longer side; a broken one tells nothing."""
-    assert images.longer_side(save(tmp_path / "a.png", RGB)) == 6
-    assert images.longer_side(tmp_path / "missing.png") == 0
+    assert decode.longer_side(save(tmp_path / "a.png", RGB)) == 6
+    assert decode.longer_side(tmp_path / "missing.png") == 0
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -343,9 +345,9 @@ def test_a_narrow_photograph(tmp_path):
     """A JPEG of 5 by 100 pixels is small in one direction only, and whole."""
     path = tmp_path / "narrow.jpg"
     Image.new("RGB", (5, 100), "red").save(path)
-    side, grey, pixels = images.inspect_image(path, 64)
+    side, grey, pixels = decode.inspect_image(path, 64)
     assert (side, grey, pixels) == (100, False, None)
-    assert images.read_image(path, 3, (32, 32), 0.875).shape == (32, 32, 3)
+    assert decode.read_image(path, 3, (32, 32), 0.875).shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".avif", ".jp2"])
@@ -353,7 +355,7 @@ def test_newer_formats(tmp_path, suffix):
     """The formats that Pillow loads last are read, and a file of none of them is called that."""
     path = tmp_path / f"red{suffix}"
     Image.new("RGB", (40, 40), "red").save(path)
-    assert (images.read_image(path, 3)[20, 20] - np.array([255, 0, 0])).max() < 8
+    assert (decode.read_image(path, 3)[20, 20] - np.array([255, 0, 0])).max() < 8
     path.write_text("no picture at all")
-    with pytest.raises(images.UnreadableImage, match="not a known kind of picture"):
-        images.read_image(path, 3)
+    with pytest.raises(decode.UnreadableImage, match="not a known kind of picture"):
+        decode.read_image(path, 3)

@@ -25,11 +25,11 @@ from PIL import Image
 from safetensors import safe_open
 from sklearn.datasets import load_digits
 
-import checkpoint
-import fetch
-import options
-import sources
-from options import OutsideError, UserError
+import lenslet.files
+from lenslet import errors
+from lenslet.data import download as fetch
+from lenslet.data import sets
+from lenslet.errors import OutsideError, UserError
 
 COUNTS = {"train": 60, "test": 20}
 
@@ -120,7 +120,7 @@ def idx_spec(files, bases):
         }
         for name, content in files.items()
     }
-    return {"kind": "idx", "sources": bases, "archives": archives, "classes": sources.DIGITS}
+    return {"kind": "idx", "sources": bases, "archives": archives, "classes": sets.DIGITS}
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -185,7 +185,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture(autouse=True)
 def patient(monkeypatch, tmp_path):
     """A data folder of one's own, and limits that fit tiny archives."""
-    monkeypatch.setattr(sources, "DATA", tmp_path / "data")
+    monkeypatch.setattr(lenslet.files, "DATA", tmp_path / "data")
     monkeypatch.setattr(fetch, "STALL", 0.4)
     monkeypatch.setattr(fetch, "WINDOW", 0.3)
     monkeypatch.setattr(fetch, "FLOOR", 1_000_000)
@@ -201,7 +201,7 @@ def serve(monkeypatch):
         archive = make_cifar()
         servers.extend(Server({"tiny.tar.gz": archive}, how) for how in hows)
         spec = cifar_spec(archive, [server.base for server in servers])
-        monkeypatch.setitem(sources.SETS, "tiny", spec)
+        monkeypatch.setitem(sets.SETS, "tiny", spec)
         return servers
 
     yield start
@@ -234,7 +234,7 @@ def check(folder, shape=(3, 32, 32)):
 def test_good_source(serve, capfd):
     """A set is fetched and converted in silence, with classes and hashes in the header."""
     (server,) = serve("well")
-    folder = sources.ensure("tiny")
+    folder = sets.ensure("tiny")
     check(folder)
     metadata = read(folder, "test")[2]
     assert json.loads(metadata["classes"])[9] == "T-shirt/top"
@@ -246,19 +246,19 @@ def test_good_source(serve, capfd):
 def test_on_disk_needs_no_network(serve, monkeypatch):
     """With both files on disk no socket is opened; with one missing the set is made again."""
     serve("well")
-    folder = sources.ensure("tiny")
+    folder = sets.ensure("tiny")
     with monkeypatch.context() as offline:
         offline.setattr(socket, "socket", None)
         offline.setattr(fetch.OPENER, "open", None)
-        assert sources.ensure("tiny") == folder
+        assert sets.ensure("tiny") == folder
     (folder / "test.safetensors").unlink()
-    check(sources.ensure("tiny"))
+    check(sets.ensure("tiny"))
 
 
 def test_cut_off_is_resumed_by_the_next_source(serve):
     """What a broken connection brought is kept: the next source is asked for the rest only."""
     first, second = serve("cut", "well")
-    check(sources.ensure("tiny"))
+    check(sets.ensure("tiny"))
     assert second.ranges[-1] == f"bytes={len(first.files['tiny.tar.gz']) // 2}-"
 
 
@@ -266,7 +266,7 @@ def test_every_round_goes_further(serve):
     """One source that breaks off every time is asked again as long as it brings something."""
     (server,) = serve("cut")
     with pytest.raises(OutsideError, match="cut off"):
-        sources.ensure("tiny")
+        sets.ensure("tiny")
     positions = [int(span[6:-1]) for span in server.ranges if span]
     assert len(positions) > 8
     assert positions[:8] == sorted(set(positions[:8]))
@@ -275,10 +275,10 @@ def test_every_round_goes_further(serve):
 def test_next_call_resumes(serve):
     """A part that an earlier call left behind is gone on from."""
     (server,) = serve("well")
-    part = sources.DATA / "tiny" / "download" / "tiny.tar.gz.part"
+    part = lenslet.files.DATA / "tiny" / "download" / "tiny.tar.gz.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(server.files["tiny.tar.gz"][:1000])
-    check(sources.ensure("tiny"))
+    check(sets.ensure("tiny"))
     assert server.ranges[-1] == "bytes=1000-"
 
 
@@ -286,7 +286,7 @@ def test_next_call_resumes(serve):
 def test_source_without_ranges_starts_over(serve, how, capfd):
     """What is not the range asked for is not appended to the part: the file starts over."""
     serve("cut", how)
-    check(sources.ensure("tiny"))
+    check(sets.ensure("tiny"))
     assert "wrong bytes" not in capfd.readouterr().err
 
 
@@ -294,14 +294,14 @@ def test_source_without_ranges_starts_over(serve, how, capfd):
 def test_refusal_leaves_for_the_next_source(serve, capfd, code):
     """A source that refuses is passed over, which is said in one line."""
     serve(code, "well")
-    check(sources.ensure("tiny"))
+    check(sets.ensure("tiny"))
     assert capfd.readouterr().err.count(f"answers {code}") == 1
 
 
 def test_stalled_source_is_left(serve, capfd):
     """A source that falls silent is left for the next, which goes on from there."""
     _, second = serve("stall", "well")
-    check(sources.ensure("tiny"))
+    check(sets.ensure("tiny"))
     assert second.ranges[-1].startswith("bytes=")
     assert "no byte in time" in capfd.readouterr().err
 
@@ -309,7 +309,7 @@ def test_stalled_source_is_left(serve, capfd):
 def test_slow_source_is_left(serve, capfd):
     """A source below the floor is left for a faster one."""
     _, second = serve("drip", "well")
-    check(sources.ensure("tiny"))
+    check(sets.ensure("tiny"))
     assert second.ranges[-1].startswith("bytes=")
     assert "slower than 1000 kB/s" in capfd.readouterr().err
 
@@ -317,7 +317,7 @@ def test_slow_source_is_left(serve, capfd):
 def test_slow_sources_come_last_and_the_fastest_first(serve, capfd):
     """Where nothing else is left the fastest of the slow sources is taken, however slow."""
     slow, faster, gone = serve("drip", "drip faster", 404)
-    check(sources.ensure("tiny"))
+    check(sets.ensure("tiny"))
     assert [len(server.ranges) for server in (slow, faster, gone)] == [2, 3, 2]
     assert "about 0 min at" in capfd.readouterr().err
 
@@ -325,31 +325,33 @@ def test_slow_sources_come_last_and_the_fastest_first(serve, capfd):
 def test_wrong_bytes_are_left(serve):
     """Wrong bytes never reach a final name, and the next source is asked from the start."""
     _, second = serve("wrong", "well")
-    check(sources.ensure("tiny"))
+    check(sets.ensure("tiny"))
     assert second.ranges[-1] is None
 
 
 def test_mixed_parts_start_over(serve):
     """A part begun by a source with other bytes does not spoil the good source after it."""
     _, second = serve("well", "well")
-    part = sources.DATA / "tiny" / "download" / "tiny.tar.gz.part"
+    part = lenslet.files.DATA / "tiny" / "download" / "tiny.tar.gz.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(bytes(1000))
-    check(sources.ensure("tiny"))
+    check(sets.ensure("tiny"))
     assert second.ranges == [None]
 
 
 def test_all_fail(serve, capfd):
     """With no good source: one line that says what each answered and the remedy, and status 1."""
     servers = serve("wrong", 403, "wrong")
-    assert options.run(download.main, ["tiny"]) == 1
+    assert errors.run_main(download.main, ["tiny"]) == 1
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("error: no source serves tiny.tar.gz")
     assert "answers 403" in last
     assert last.count("wrong bytes: sha256") == 2
     assert all(server.base[7:-1] in last for server in servers)
     assert "--source URL-or-file-or-folder" in last
-    assert not list(sources.DATA.rglob("*.gz")) + list(sources.DATA.rglob("*.safetensors"))
+    assert not list(lenslet.files.DATA.rglob("*.gz")) + list(
+        lenslet.files.DATA.rglob("*.safetensors")
+    )
 
 
 def test_search_is_bounded_by_patience(serve, monkeypatch):
@@ -357,10 +359,10 @@ def test_search_is_bounded_by_patience(serve, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as mute:
         base = "http://127.0.0.1:{}/{}/"
         bases = [base.format(mute.getsockname()[1], number) for number in range(3)]
-        monkeypatch.setitem(sources.SETS, "tiny", cifar_spec(b"", bases))
+        monkeypatch.setitem(sets.SETS, "tiny", cifar_spec(b"", bases))
         started = time.monotonic()
         with pytest.raises(OutsideError, match="no answer"):
-            sources.ensure("tiny", patience=0.5)
+            sets.ensure("tiny", patience=0.5)
         assert time.monotonic() - started < 1.5
 
 
@@ -368,10 +370,10 @@ def test_a_mute_source_does_not_hold_up_the_others(serve):
     """Once a source has answered the others have GRACE seconds, not the whole patience."""
     with socket.create_server(("127.0.0.1", 0)) as mute:
         serve("well")
-        bases = sources.SETS["tiny"]["sources"]
+        bases = sets.SETS["tiny"]["sources"]
         bases.insert(0, f"http://127.0.0.1:{mute.getsockname()[1]}/")
         started = time.monotonic()
-        check(sources.ensure("tiny", patience=10))
+        check(sets.ensure("tiny", patience=10))
         assert time.monotonic() - started < 5
 
 
@@ -456,17 +458,17 @@ def test_source_on_disk(serve, tmp_path, monkeypatch):
     for path in (named, renamed):
         path.write_bytes(server.files["tiny.tar.gz"])
     for number, source in enumerate([named, renamed, tmp_path]):
-        monkeypatch.setattr(sources, "DATA", tmp_path / f"data-{number}")
-        check(sources.ensure("tiny", str(source)))
+        monkeypatch.setattr(lenslet.files, "DATA", tmp_path / f"data-{number}")
+        check(sets.ensure("tiny", str(source)))
 
 
 def test_source_url(serve, monkeypatch):
     """--source takes the archive's URL or that of its folder, and asks nowhere else."""
     usual, _ = serve("well", "well")
-    other = sources.SETS["tiny"]["sources"].pop()
-    check(sources.ensure("tiny", other.rstrip("/")))
-    monkeypatch.setattr(sources, "DATA", sources.DATA / "again")
-    check(sources.ensure("tiny", other + "tiny.tar.gz"))
+    other = sets.SETS["tiny"]["sources"].pop()
+    check(sets.ensure("tiny", other.rstrip("/")))
+    monkeypatch.setattr(lenslet.files, "DATA", lenslet.files.DATA / "again")
+    check(sets.ensure("tiny", other + "tiny.tar.gz"))
     assert usual.ranges == []
 
 
@@ -475,20 +477,20 @@ def test_wrong_or_missing_source_on_disk(serve, tmp_path):
     serve()
     (tmp_path / "tiny.tar.gz").write_bytes(bytes(len(make_cifar())))
     with pytest.raises(UserError, match=r"sha256 is \w{64}, expected \w{64}"):
-        sources.ensure("tiny", str(tmp_path / "tiny.tar.gz"))
+        sets.ensure("tiny", str(tmp_path / "tiny.tar.gz"))
     with pytest.raises(UserError, match=r"tiny.tar.gz missing"):
-        sources.ensure("tiny", str(tmp_path / "nowhere"))
-    assert not list(sources.DATA.rglob("*.safetensors"))
+        sets.ensure("tiny", str(tmp_path / "nowhere"))
+    assert not list(lenslet.files.DATA.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("suffix", [".gz", ""])
 def test_mnist_on_disk(tmp_path, monkeypatch, suffix):
     """The idx files are taken with or without their gzip wrapping."""
     files = idx_files()
-    monkeypatch.setitem(sources.SETS, "tiny-mnist", idx_spec(files, []))
+    monkeypatch.setitem(sets.SETS, "tiny-mnist", idx_spec(files, []))
     for name, content in files.items():
         (tmp_path / (name + suffix)).write_bytes(gzip.compress(content) if suffix else content)
-    check(sources.ensure("tiny-mnist", str(tmp_path)), (28, 28))
+    check(sets.ensure("tiny-mnist", str(tmp_path)), (28, 28))
 
 
 def test_mnist_parts_do_not_mix(monkeypatch):
@@ -497,8 +499,8 @@ def test_mnist_parts_do_not_mix(monkeypatch):
     small = Server({f"{name}.gz": gzip.compress(file, 1) for name, file in files.items()}, "cut")
     large = Server({f"{name}.gz": gzip.compress(file, 9) for name, file in files.items()})
     bases = [small.base, large.base]
-    monkeypatch.setitem(sources.SETS, "tiny-mnist", idx_spec(files, bases))
-    check(sources.ensure("tiny-mnist"), (28, 28))
+    monkeypatch.setitem(sets.SETS, "tiny-mnist", idx_spec(files, bases))
+    check(sets.ensure("tiny-mnist"), (28, 28))
     assert set(large.ranges) == {None}
 
 
@@ -512,10 +514,10 @@ def test_gzip_bomb():
 def test_malicious_pickle_is_refused(tmp_path, monkeypatch):
     """A batch that names anything but arrays is refused in one line, and nothing of it runs."""
     archive = make_cifar({"tiny/test": pickle.dumps(Evil(tmp_path / "ran"), protocol=4)})
-    monkeypatch.setitem(sources.SETS, "tiny", cifar_spec(archive, []))
+    monkeypatch.setitem(sets.SETS, "tiny", cifar_spec(archive, []))
     (tmp_path / "tiny.tar.gz").write_bytes(archive)
     with pytest.raises(UserError, match=r"asks for \w+\.open: refused"):
-        sources.ensure("tiny", str(tmp_path))
+        sets.ensure("tiny", str(tmp_path))
     assert not (tmp_path / "ran").exists()
 
 
@@ -524,28 +526,28 @@ def test_pickles_of_numpy_1_and_2(module):
     """A batch is read whichever numpy wrote it, and whichever reads it."""
     images, labels = make_batch("test", (3, 32, 32))
     pickled = pickle_batch(images, labels).replace(b"numpy.core", module)
-    batch = sources._ArraysOnly(io.BytesIO(pickled), encoding="latin1").load()
+    batch = sets._ArraysOnly(io.BytesIO(pickled), encoding="latin1").load()
     assert np.array_equal(batch["data"], images.reshape(-1, 3072))
 
 
 def test_path_traversal(tmp_path, monkeypatch):
     """Nothing of an archive is written where its own names say."""
     archive = make_cifar({"../../../outside": b"x", str(tmp_path / "absolute"): b"x"})
-    monkeypatch.setitem(sources.SETS, "tiny", cifar_spec(archive, []))
+    monkeypatch.setitem(sets.SETS, "tiny", cifar_spec(archive, []))
     (tmp_path / "tiny.tar.gz").write_bytes(archive)
-    check(sources.ensure("tiny", str(tmp_path)))
+    check(sets.ensure("tiny", str(tmp_path)))
     assert {path.name for path in tmp_path.iterdir()} == {"data", "tiny.tar.gz"}
 
 
 def test_two_at_once(serve):
     """Two calls at once fetch once and both end with the whole set."""
     (server,) = serve("well")
-    threads = [threading.Thread(target=sources.ensure, args=["tiny"]) for _ in range(2)]
+    threads = [threading.Thread(target=sets.ensure, args=["tiny"]) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    check(sources.DATA / "tiny")
+    check(lenslet.files.DATA / "tiny")
     assert len(server.ranges) == 2  # the search and the transfer
 
 
@@ -553,7 +555,7 @@ def test_two_at_once(serve):
 def test_disk_full(serve, monkeypatch, capfd, full):
     """A full disk is one line and status 1; the next call mends what is missing."""
     serve("well")
-    write = checkpoint.atomic_write
+    write = lenslet.files.atomic_write
 
     def fail(path, data):
         if path.stem == full:
@@ -561,13 +563,13 @@ def test_disk_full(serve, monkeypatch, capfd, full):
         write(path, data)
 
     with monkeypatch.context() as small_disk:
-        small_disk.setattr(checkpoint, "atomic_write", fail)
-        assert options.run(download.main, ["tiny"]) == 1
-    path = sources.DATA / "tiny" / f"{full}.safetensors"
+        small_disk.setattr(sets, "atomic_write", fail)
+        assert errors.run_main(download.main, ["tiny"]) == 1
+    path = lenslet.files.DATA / "tiny" / f"{full}.safetensors"
     assert capfd.readouterr().err == f"error: {path}: No space left on device\n"
     assert not path.exists()
     monkeypatch.setattr(fetch.OPENER, "open", None)
-    check(sources.ensure("tiny"))  # from the archive that was kept
+    check(sets.ensure("tiny"))  # from the archive that was kept
 
 
 def test_disk_full_while_downloading(serve, monkeypatch, capfd):
@@ -588,22 +590,22 @@ def test_disk_full_while_downloading(serve, monkeypatch, capfd):
         lambda path, mode: Full() if "b" in mode else real_open(path, mode),
         raising=False,
     )
-    assert options.run(download.main, ["tiny"]) == 1
+    assert errors.run_main(download.main, ["tiny"]) == 1
     assert capfd.readouterr().err.endswith("tiny.tar.gz.part: No space left on device\n")
 
 
 def test_unknown_name(capsys):
     """A misspelt name suggests the nearest, lists the sets, and is status 2."""
-    assert options.run(download.main, ["cifar1O"]) == 2
+    assert errors.run_main(download.main, ["cifar1O"]) == 2
     message = capsys.readouterr().err
     assert "did you mean cifar10" in message
-    assert all(name in message for name in sources.SETS)
+    assert all(name in message for name in sets.SETS)
 
 
 def test_digits(capsys):
     """digits needs no network: grey 0..16 becomes 0..255, a fifth of each class is the test."""
-    assert options.run(download.main, ["digits"]) == 0
-    folder = sources.DATA / "digits"
+    assert errors.run_main(download.main, ["digits"]) == 0
+    folder = lenslet.files.DATA / "digits"
     parts = [read(folder, split)[:2] for split in COUNTS]
     images, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
     grey, target = load_digits(return_X_y=True)
@@ -621,11 +623,11 @@ def test_export(serve, tmp_path, monkeypatch, name, capsys):
     """Exported PNG files are the very pictures, in folders named after their classes."""
     (server,) = serve("well")
     files = idx_files()
-    monkeypatch.setitem(sources.SETS, "tiny-mnist", idx_spec(files, [server.base]))
+    monkeypatch.setitem(sets.SETS, "tiny-mnist", idx_spec(files, [server.base]))
     server.files |= {f"{file}.gz": gzip.compress(content) for file, content in files.items()}
     target = tmp_path / "exported"
-    assert options.run(download.main, [name, "--export", str(target)]) == 0
-    images, labels, metadata = read(sources.DATA / name, "test")
+    assert errors.run_main(download.main, [name, "--export", str(target)]) == 0
+    images, labels, metadata = read(lenslet.files.DATA / name, "test")
     classes = json.loads(metadata["classes"])
     for path in target.glob("test/*/*.png"):
         index = int(path.stem)
@@ -643,12 +645,12 @@ def test_export(serve, tmp_path, monkeypatch, name, capsys):
 def test_export_refuses_a_filled_folder(tmp_path, capsys):
     """A folder with something in it is not exported into, and nothing is fetched first."""
     (tmp_path / "kept.txt").touch()
-    assert options.run(download.main, ["digits", "--export", str(tmp_path)]) == 2
+    assert errors.run_main(download.main, ["digits", "--export", str(tmp_path)]) == 2
     assert "not an empty folder" in capsys.readouterr().err
-    assert not sources.DATA.exists()
+    assert not lenslet.files.DATA.exists()
 
 
 def test_source_goes_with_one_set(capsys):
     """One source cannot serve two sets."""
-    assert options.run(download.main, ["mnist", "digits", "--source", "x"]) == 2
+    assert errors.run_main(download.main, ["mnist", "digits", "--source", "x"]) == 2
     assert "one data set" in capsys.readouterr().err

@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-import dataset
-import images as pictures
-import sources
-from dataset import Batches, Data, Split, load, on_device
-from divide import folds, stratified
-from folders import list_folder, natural
-from images import UnreadableImage
-from options import UserError
+import lenslet.data.load
+from lenslet.data import decode, sets, verify
+from lenslet.data.batches import BatchSampler, Data, Split, on_device
+from lenslet.data.decode import UnreadableImage
+from lenslet.data.layout import list_folder, natural_sort_key
+from lenslet.data.load import load
+from lenslet.data.split import folds, stratified
+from lenslet.errors import UserError
 
 CPU = torch.device("cpu")
 SPLITS = ["train", "val", "test"]
@@ -55,7 +55,18 @@ def batches(loader):
 def test_natural_order():
     """Numbers in names count as numbers, and any two names can be compared."""
     words = ["10", "2", "a10", "1", "0", "a2", "b", "a", "1a", ""]
-    assert sorted(words, key=natural) == ["", "0", "1", "1a", "2", "10", "a", "a2", "a10", "b"]
+    assert sorted(words, key=natural_sort_key) == [
+        "",
+        "0",
+        "1",
+        "1a",
+        "2",
+        "10",
+        "a",
+        "a2",
+        "a10",
+        "b",
+    ]
 
 
 def test_class_order(tmp_path, make_folder):
@@ -272,7 +283,7 @@ def test_commonest_size(tmp_path, make_folder):
     assert images.shape == (20, 3, 12, 10)
     assert images.dtype == torch.uint8
     for i in (0, 19):
-        expected = pictures.read_image(root / part.names[i], 3, (12, 10))
+        expected = decode.read_image(root / part.names[i], 3, (12, 10))
         assert np.array_equal(images[i].permute(1, 2, 0), expected)
 
 
@@ -290,7 +301,7 @@ def test_splits_share_their_pictures(tmp_path, make_folder):
     for part in data.splits.values():
         images = part.pixels(torch.arange(len(part)))
         for i, name in enumerate(part.names):
-            expected = pictures.read_image(root / name, 3)
+            expected = decode.read_image(root / name, 3)
             assert np.array_equal(images[i].permute(1, 2, 0), expected)
 
 
@@ -299,7 +310,7 @@ def test_colours_by_a_grey_networks_eye(tmp_path, make_folder):
     root = make_folder(tmp_path / "p", {"train": 4, "test": 2}, size=(12, 10))
     like = {"classes": ["ants", "bees"], "channels": 1, "image_size": [12, 10], "crop": 1.0}
     part = load(str(root), ["test"], like=like).splits["test"]
-    expected = pictures.read_image(root / part.names[0], 1)
+    expected = decode.read_image(root / part.names[0], 1)
     assert np.array_equal(part.pixels(torch.tensor([0]))[0].permute(1, 2, 0), expected)
 
 
@@ -332,7 +343,7 @@ def test_photographs(tmp_path, make_folder, mode):
     for batch, other in zip(alone, shared, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
     images = torch.cat([batch[0] for batch in alone])
-    expected = pictures.read_image(part.images[3], data.channels, (32, 32), 0.5)
+    expected = decode.read_image(part.images[3], data.channels, (32, 32), 0.5)
     assert images.dtype == torch.uint8
     assert np.array_equal(images[3].permute(1, 2, 0), expected)
 
@@ -367,9 +378,9 @@ def test_inspected_once(tmp_path, make_folder, monkeypatch):
     """A photograph is inspected once, and again only after its file has changed."""
     root = make_folder(tmp_path / "p", {"train": 3}, size=(70, 66))
     seen = []
-    inspect = pictures.inspect_image
+    inspect = decode.inspect_image
     monkeypatch.setattr(
-        pictures, "inspect_image", lambda file, small: (seen.append(file), inspect(file, small))[1]
+        verify, "inspect_image", lambda file, small: (seen.append(file), inspect(file, small))[1]
     )
     first = load(str(root), ["train"], val=0)
     assert len(seen) == 6
@@ -476,8 +487,8 @@ def test_evaluation_meets_every_picture_once(count, world):
 @pytest.mark.parametrize("count", [24, 27, 30, 49])
 def test_processes_share_a_batch(count, world):
     """A step's batch holds the same pictures on any number of processes, the last one too."""
-    whole = list(Batches(count, 12, seed=1))
-    samplers = [Batches(count, 12, seed=1, rank=rank, world=world) for rank in range(world)]
+    whole = list(BatchSampler(count, 12, seed=1))
+    samplers = [BatchSampler(count, 12, seed=1, rank=rank, world=world) for rank in range(world)]
     for step, shares in enumerate(zip(*samplers, strict=True)):
         own = [rows for s, (_, rows) in zip(samplers, shares, strict=True) if s.counts(step)]
         assert sorted(joined(own)) == sorted(whole[step][1])
@@ -493,9 +504,9 @@ def test_training_batches(world, batch):
     """
     for count in range(2 * world, 70):
         size = batch * world
-        samplers = [Batches(count, size, 0, rank, world) for rank in range(world)]
+        samplers = [BatchSampler(count, size, 0, rank, world) for rank in range(world)]
         parts = [list(sampler) for sampler in samplers]
-        assert {len(part) for part in parts} == {len(Batches(count, size, 0))}
+        assert {len(part) for part in parts} == {len(BatchSampler(count, size, 0))}
         if batch > 1:
             assert all(len(rows) > 1 for part in parts for _, rows in part)
         met = joined(
@@ -510,8 +521,8 @@ def test_training_batches(world, batch):
 
 def test_start():
     """An epoch that is gone on with has the batches that were left, and no others."""
-    whole = list(Batches(50, 8, 3))
-    sampler = Batches(50, 8, 3)
+    whole = list(BatchSampler(50, 8, 3))
+    sampler = BatchSampler(50, 8, 3)
     sampler.start = 4
     assert list(sampler) == whole[4:]
     sampler.start = len(whole)
@@ -523,7 +534,7 @@ def test_dropped_pictures_change(world):
     """Which pictures a dropped last batch leaves out changes with the epoch: all are trained on."""
     met = set()
     for rank in range(world):
-        sampler = Batches(25, 8, 0, rank, world)
+        sampler = BatchSampler(25, 8, 0, rank, world)
         assert len(sampler) == 3
         for sampler.epoch in range(20):
             met.update(joined(rows for _, rows in sampler))
@@ -534,7 +545,7 @@ def test_order():
     """An epoch's order follows from seed and epoch alone; without a seed it is the set's own."""
 
     def order(seed, epoch):
-        sampler = Batches(40, 8, seed)
+        sampler = BatchSampler(40, 8, seed)
         sampler.epoch = epoch
         return joined(rows for _, rows in sampler)
 
@@ -559,10 +570,10 @@ def test_recipe_for(tmp_path, make_folder):
     """A folder's recipe follows from its pictures: small ones as CIFAR-10, others as photos."""
     make_folder(tmp_path / "small", size=(64, 40))
     make_folder(tmp_path / "large", size=(64, 65))
-    assert dataset.recipe_for(str(tmp_path / "small")) == "cifar10"
-    assert dataset.recipe_for(str(tmp_path / "large")) == "photos"
-    assert dataset.recipe_for("digits") == "digits"
-    assert set(dataset.RECIPES) == set(dataset.sources.SETS)
+    assert lenslet.data.load.recipe_for(str(tmp_path / "small")) == "cifar10"
+    assert lenslet.data.load.recipe_for(str(tmp_path / "large")) == "photos"
+    assert lenslet.data.load.recipe_for("digits") == "digits"
+    assert set(lenslet.data.load.RECIPES) == set(sets.SETS)
 
 
 def test_splits_by_other_names(tmp_path, make_folder):
@@ -601,7 +612,7 @@ def test_training_learns_of_broken_test_pictures(tmp_path, make_folder):
 
 def test_a_damaged_set_says_how_to_mend_it():
     """A data/<name>/ file cut short is named with the remedy."""
-    folder = sources.ensure("digits")
+    folder = sets.ensure("digits")
     path = folder / "train.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match="remove it"):
@@ -611,7 +622,7 @@ def test_a_damaged_set_says_how_to_mend_it():
 def test_a_quick_look_reads_few_files(tmp_path, make_folder, monkeypatch):
     """With a limit only the pictures that are used are decoded."""
     root, read = make_folder(tmp_path / "f", {"train": 30, "val": 20, "test": 9}), []
-    real = pictures.inspect_image
-    monkeypatch.setattr(pictures, "inspect_image", lambda *a: read.append(a) or real(*a))
+    real = decode.inspect_image
+    monkeypatch.setattr(verify, "inspect_image", lambda *a: read.append(a) or real(*a))
     load(str(root), ["train", "val"], limit=5)
     assert len(read) == 10

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 import together
 
-import interrupts
-import options
-from interrupts import LAUNCHERS, Interrupts, ignore_signals
+import lenslet.files
+from lenslet.distributed import interrupts
+from lenslet.distributed.interrupts import LAUNCHERS, Interrupts, ignore_signals
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
 
@@ -136,7 +136,7 @@ def test_decoding_processes_outlive_signals():
 def environment(**extra):
     ours = ("OMP_", "ACCELERATE_", "MAKE", "TORCHELASTIC", "RANK", "WORLD_", "MASTER_", "LOCAL_")
     env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    paths = f"{options.ROOT}{os.pathsep}{options.ROOT / 'scripts'}"
+    paths = f"{lenslet.files.ROOT}{os.pathsep}{lenslet.files.ROOT / 'scripts'}"
     return {
         **env,
         "PYTHONPATH": paths,
@@ -198,12 +198,12 @@ def free_port():
 # other, and for a while: signals have arrived, and messages could have.
 AGREE = """
 import json, os, pathlib, random, signal, time
-import runtime
+from lenslet.distributed import start
 from torch import distributed
-from interrupts import Interrupts
+from lenslet.distributed.interrupts import Interrupts
 
 rank, world, said = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), []
-runtime.launch()
+start.start_processes()
 last = world - 1
 with Interrupts(world) as interrupts:
     for call in range(14):
@@ -238,12 +238,12 @@ def test_all_agree(tmp_path, world):
 # The first process wishes until it is met, as train.py does for a checkpoint every so many minutes.
 STANDING = """
 import json, os, pathlib
-import runtime
+from lenslet.distributed import start
 from torch import distributed
-from interrupts import Interrupts
+from lenslet.distributed.interrupts import Interrupts
 
 rank, world, saved = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), []
-runtime.launch()
+start.start_processes()
 due = [3, 9]
 with Interrupts(world) as interrupts:
     for call in range(14):
@@ -267,13 +267,13 @@ def test_a_standing_wish_is_met_once(tmp_path):
 LOSE = """
 import os, pathlib, signal, sys, time
 import torch
-import runtime
-from interrupts import Interrupts
+from lenslet.distributed import start
+from lenslet.distributed.interrupts import Interrupts
 from torch import distributed
 
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 lost = int(os.environ.get("LOST", "1"))
-runtime.launch()
+start.start_processes()
 pathlib.Path(sys.argv[1], f"{rank}.pid").write_text(str(os.getpid()))
 with Interrupts(world):
     for step in range(3):

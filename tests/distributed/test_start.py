@@ -7,8 +7,9 @@ import pytest
 import torch
 from accelerate import PartialState
 
-import runtime
-from options import UserError
+from lenslet.distributed import determinism, start
+from lenslet.errors import UserError
+from lenslet.training import net
 
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "OMP_NUM_THREADS")
 
@@ -19,7 +20,7 @@ def unlaunched(monkeypatch):
     for key in LAUNCHED:
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(runtime, "cpu_count", lambda: 12)
+    monkeypatch.setattr(start, "cpu_count", lambda: 12)
 
 
 @pytest.mark.parametrize(
@@ -43,14 +44,14 @@ def unlaunched(monkeypatch):
 )
 def test_choose_precision(monkeypatch, asked, given, device, native, chosen):
     """Given to the launcher > asked here > what the device has natively; `no` forces float32."""
-    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: native)
+    monkeypatch.setattr(start, "cpu_has_bf16", lambda: native)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     if given:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", given)
-    assert runtime.choose_precision(asked, device) == chosen
+    assert start.choose_precision(asked, device) == chosen
     if asked == "auto":  # a recipe's word comes before what the device has, and only that
         expected = given if given in ("fp16", "bf16", "fp8") else "no"
-        assert runtime.choose_precision("auto", device, otherwise="no") == expected
+        assert start.choose_precision("auto", device, otherwise="no") == expected
 
 
 @pytest.mark.parametrize(
@@ -66,24 +67,24 @@ def test_choose_precision(monkeypatch, asked, given, device, native, chosen):
 def test_cpu_has_bf16(monkeypatch, tmp_path, flags, native):
     """The processor's own flags say whether it multiplies bfloat16; no such file says no."""
     (tmp_path / "cpuinfo").write_text(f"processor : 0\n\n{flags}\n")
-    monkeypatch.setattr(runtime, "open", lambda _: (tmp_path / "cpuinfo").open(), raising=False)
-    assert runtime.cpu_has_bf16() is native
+    monkeypatch.setattr(start, "open", lambda _: (tmp_path / "cpuinfo").open(), raising=False)
+    assert start.cpu_has_bf16() is native
     (tmp_path / "cpuinfo").unlink()
-    assert runtime.cpu_has_bf16() is False
+    assert start.cpu_has_bf16() is False
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerator(monkeypatch, precision):
     """The Accelerator computes in the precision asked for."""
-    runtime.launch()
-    assert runtime.accelerator(precision).mixed_precision == precision
+    start.start_processes()
+    assert start.create_accelerator(precision).mixed_precision == precision
 
 
 def test_impossible_precision():
     """fp16 on a CPU, where Accelerate would silently ignore it, is refused with a remedy."""
-    runtime.launch()
+    start.start_processes()
     with pytest.raises(UserError, match="fp16 is not for a CPU") as caught:
-        runtime.accelerator("fp16")
+        start.create_accelerator("fp16")
     assert "\n" not in str(caught.value)
 
 
@@ -105,16 +106,16 @@ def test_threads(monkeypatch, environment, threads):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     torch.set_num_threads(5)
-    runtime.launch()
+    start.start_processes()
     assert torch.get_num_threads() == threads
 
 
 def test_processes_apart(monkeypatch):
     """Processes that do not find each other stop instead of each training alone."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(runtime, "PartialState", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(start, "PartialState", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(UserError, match="2 processes were launched, but this one sees 1"):
-        runtime.launch()
+        start.start_processes()
 
 
 def test_launched_on_a_cpu(monkeypatch):
@@ -123,10 +124,10 @@ def test_launched_on_a_cpu(monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     state = SimpleNamespace(num_processes=2, process_index=1)
-    monkeypatch.setattr(runtime, "PartialState", lambda **_: state)
+    monkeypatch.setattr(start, "PartialState", lambda **_: state)
     watched = []
-    monkeypatch.setattr(runtime, "name_the_lost", watched.append)
-    runtime.launch()
+    monkeypatch.setattr(start, "name_lost_processes", watched.append)
+    start.start_processes()
     assert os.environ["ACCELERATE_USE_CPU"] == "true" and watched == [1]
 
 
@@ -134,21 +135,21 @@ def test_workers(monkeypatch):
     """Decoding takes the cores of this process, at most eight, at least one."""
     for processes, workers in (("1", 8), ("3", 4), ("12", 1), ("40", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-        assert runtime.workers(None) == workers
+        assert start.decoding_workers(None) == workers
 
 
 def test_from_main():
     """What the first process chooses is what everyone gets."""
-    assert runtime.from_main(PartialState(), lambda: {"a": 1}) == {"a": 1}
+    assert start.from_main_process(PartialState(), lambda: {"a": 1}) == {"a": 1}
 
 
 def test_circumstances():
     """What is stored of versions, threads and processes is what is running."""
-    found = runtime.circumstances("bf16")
+    found = determinism.environment("bf16")
     assert torch.__version__.startswith(found["versions"]["torch"])
     assert found["precision"] == "bf16" and found["processes"] == 1
     torch.set_num_threads(5)
-    assert runtime.circumstances("no")["threads"] == 5
+    assert determinism.environment("no")["threads"] == 5
 
 
 def test_sync_buffers():
@@ -162,8 +163,8 @@ def test_sync_buffers():
         assert tensor.dtype == torch.float64  # equal statistics must stay equal
         return tensor / 2
 
-    runtime.sync_buffers(norm, SimpleNamespace(num_processes=1, reduce=reduce))
+    net.average_buffers(norm, SimpleNamespace(num_processes=1, reduce=reduce))
     assert norm.running_mean.tolist() == [3, 3]
-    runtime.sync_buffers(norm, SimpleNamespace(num_processes=2, reduce=reduce))
+    net.average_buffers(norm, SimpleNamespace(num_processes=2, reduce=reduce))
     assert norm.running_mean.tolist() == [1.5, 1.5]
     assert calls == ["mean", "mean"]

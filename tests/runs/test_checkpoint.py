@@ -19,20 +19,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-import checkpoint
-from checkpoint import (
-    atomic_write,
-    digest,
-    encode,
-    load,
-    load_checkpoint,
-    load_model,
-    newest_checkpoint,
-    read_header,
-    save_checkpoint,
-)
-from model import create_model
-from options import UserError
+from lenslet import files
+from lenslet.errors import UserError
+from lenslet.files import atomic_write
+from lenslet.runs import checkpoint
+from lenslet.runs.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from lenslet.weights import digest, encode, read_header, read_weights_file
+from model import create_model, load_model
 
 HEADER = {
     "model": "lenet",
@@ -77,7 +70,7 @@ def test_round_trip(tmp_path, memory_format):
     network = create_model("resnet18", 3).to(memory_format=memory_format)
     state = network.state_dict()
     (tmp_path / "m.safetensors").write_bytes(encode(state, HEADER))
-    tensors, header = load(tmp_path / "m.safetensors")
+    tensors, header = read_weights_file(tmp_path / "m.safetensors")
     assert tensors.keys() == state.keys()
     for name, tensor in state.items():
         assert tensors[name].dtype == tensor.dtype
@@ -90,7 +83,7 @@ def test_loaded_network(weights):
     """The loaded network answers as the saved one, with the preparation that the header says."""
     model, prepare, header = load_model(weights)
     original = create_model("lenet", 3)
-    original.load_state_dict(load(weights)[0])
+    original.load_state_dict(read_weights_file(weights)[0])
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert not model.training
     assert torch.allclose(prepare.mean.flatten() / 255, torch.tensor(header["mean"]))
@@ -102,7 +95,7 @@ def test_tied_weights(tmp_path):
     tied = nn.Linear(3, 3)
     state = {"one.weight": tied.weight, "two.weight": tied.weight}
     (tmp_path / "m.safetensors").write_bytes(encode(state, HEADER))
-    tensors = load(tmp_path / "m.safetensors")[0]
+    tensors = read_weights_file(tmp_path / "m.safetensors")[0]
     assert all(torch.equal(tensors[name], tied.weight) for name in state)
 
 
@@ -136,7 +129,7 @@ def test_cut_off(weights, kept):
 
 def test_foreign_file(weights):
     """A safetensors file that another program wrote, or another version of this one, is refused."""
-    tensors = load(weights)[0]
+    tensors = read_weights_file(weights)[0]
     for metadata in (None, {"format": "pt"}, {"format": "lenslet", "version": "0"}):
         safetensors.torch.save_file(tensors, weights, metadata)
         refuse(weights)
@@ -595,7 +588,7 @@ class Disk:
 
 @pytest.fixture
 def disk(monkeypatch):
-    """A Disk below what checkpoint.py writes; what it removes counts after count_removals()."""
+    """A Disk below what files.py writes; what it removes counts after count_removals()."""
     disk = Disk()
 
     def counted(call):
@@ -621,7 +614,7 @@ def disk(monkeypatch):
 
     for name in ("fsync", "rename", "replace", "mkdir"):
         monkeypatch.setattr(os, name, counted(getattr(os, name)))
-    monkeypatch.setattr(checkpoint, "open", opening, raising=False)
+    monkeypatch.setattr(files, "open", opening, raising=False)
 
     def count_removals():
         for name in ("unlink", "rmdir"):

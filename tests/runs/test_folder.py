@@ -10,11 +10,19 @@ import time
 
 import pytest
 
-import options
-import run_folder
-from checkpoint import save_checkpoint
-from options import UserError
-from run_folder import claim, continued, find, is_finished, latest_weights, point_latest, resumed
+from lenslet import files
+from lenslet.errors import UserError
+from lenslet.runs import folder as run_folder
+from lenslet.runs.checkpoint import save_checkpoint
+from lenslet.runs.folder import (
+    claim,
+    find,
+    is_finished,
+    latest_weights,
+    lock_unfinished,
+    point_latest,
+    resume,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +220,7 @@ def test_the_newest_checkpoint_damaged(tmp_path):
     newest = begin(tmp_path / "a", steps=2)
     (newest / "state.json").write_text("")
     (tmp_path / "a" / "model.safetensors").touch()
-    for run, checkpoint, notes in (claim(tmp_path / "a", alike), resumed(tmp_path / "a")):
+    for run, checkpoint, notes in (claim(tmp_path / "a", alike), resume(tmp_path / "a")):
         assert run == tmp_path / "a" and checkpoint.name.endswith("step-1")
         assert len(notes) == 1 and str(newest) in notes[0]
 
@@ -220,16 +228,16 @@ def test_the_newest_checkpoint_damaged(tmp_path):
 def test_resumed(tmp_path):
     """A run that was asked for by name is continued, or it is said why it cannot be."""
     newest = begin(tmp_path / "a", steps=2)
-    assert resumed(tmp_path / "a") == (tmp_path / "a", newest, [])
+    assert resume(tmp_path / "a") == (tmp_path / "a", newest, [])
     damage(tmp_path / "a")
-    run, checkpoint, notes = resumed(tmp_path / "a")
+    run, checkpoint, notes = resume(tmp_path / "a")
     assert (run, checkpoint) == (tmp_path / "a", None) and len(notes) == 2
     (tmp_path / "a" / "model.safetensors").touch()
     with pytest.raises(UserError, match="no whole checkpoint") as caught:
-        resumed(tmp_path / "a")
+        resume(tmp_path / "a")
     assert str(newest) in str(caught.value) and "\n" not in str(caught.value)
     begin(tmp_path / "b", steps=0)
-    assert resumed(tmp_path / "b") == (tmp_path / "b", None, [])
+    assert resume(tmp_path / "b") == (tmp_path / "b", None, [])
 
 
 def test_what_a_crash_left_is_removed(tmp_path):
@@ -243,7 +251,7 @@ def test_what_a_crash_left_is_removed(tmp_path):
     before = content(run)
     for name in (".model.safetensors.123", ".metrics.json.4567890", ".options.yaml.8"):
         (run / name).touch()
-    continued(run)
+    lock_unfinished(run)
     (run / ".lock").unlink()
     assert content(run) == before
 
@@ -253,7 +261,7 @@ def test_what_a_crash_left_among_the_epochs_is_removed(tmp_path):
     begin(tmp_path / "a")
     (tmp_path / "a" / "epochs").mkdir()
     (tmp_path / "a" / "epochs" / ".epoch-001.safetensors.123").touch()
-    continued(tmp_path / "a")
+    lock_unfinished(tmp_path / "a")
     assert not list((tmp_path / "a" / "epochs").iterdir())
 
 
@@ -286,11 +294,11 @@ def test_find(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "a"
     newest = begin(run)
     point_latest(run)
-    for path in (run, f"{run}/", newest, newest / "state.json", options.RUNS / "latest"):
+    for path in (run, f"{run}/", newest, newest / "state.json", files.RUNS / "latest"):
         assert find(str(path)) == run
     monkeypatch.chdir(run / "checkpoint")
     assert find(".") == find("..") == run
-    for path in (tmp_path, tmp_path / "runs" / "b", options.RUNS, "/", "/proc/none"):
+    for path in (tmp_path, tmp_path / "runs" / "b", files.RUNS, "/", "/proc/none"):
         with pytest.raises(UserError, match="no run") as caught:
             find(str(path))
         assert f"--resume {path}" in str(caught.value)
@@ -300,7 +308,7 @@ def test_one_process_trains_in_a_run(tmp_path):
     """Who wants a run that another process trains is told which one, or gets another folder."""
     newest = begin(tmp_path / "a")
     assert claim(tmp_path / "a", alike)[1] == newest
-    for work in (lambda: claim(tmp_path / "a", alike), lambda: resumed(tmp_path / "a")):
+    for work in (lambda: claim(tmp_path / "a", alike), lambda: resume(tmp_path / "a")):
         said = elsewhere(work)
         assert said.startswith(f"UserError: {tmp_path / 'a'} is being trained by")
         assert f"process {os.getpid()} on {platform.node()}" in said and "--no-resume" in said
@@ -366,7 +374,7 @@ def test_a_killed_process_frees_its_run_at_once(tmp_path):
 
 HOLDER = """
 import sys, time, multiprocessing
-import run_folder
+from lenslet.runs import folder as run_folder
 
 if __name__ == "__main__":
     run_folder.claim(sys.argv[1], lambda run: "")
@@ -384,7 +392,7 @@ def test_decoding_processes_do_not_keep_the_lock(tmp_path, method):
     (tmp_path / "holder.py").write_text(HOLDER)
     holder = subprocess.Popen(
         [sys.executable, tmp_path / "holder.py", tmp_path / "a", method],
-        env={**os.environ, "PYTHONPATH": str(options.ROOT)},
+        env={**os.environ, "PYTHONPATH": str(files.ROOT)},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -405,12 +413,12 @@ def test_latest(tmp_path):
     """runs/latest names the newest run, wherever it lies; before the first there is a remedy."""
     with pytest.raises(UserError, match="make train"):
         latest_weights()
-    for run in (options.RUNS / "a", tmp_path / "elsewhere" / "b", options.RUNS / "a"):
+    for run in (files.RUNS / "a", tmp_path / "elsewhere" / "b", files.RUNS / "a"):
         run.mkdir(parents=True, exist_ok=True)
         (run / "model.safetensors").touch()
         point_latest(run)
         assert latest_weights().resolve() == run / "model.safetensors"
-    assert sorted(os.listdir(options.RUNS)) == ["a", "latest"]
+    assert sorted(os.listdir(files.RUNS)) == ["a", "latest"]
 
 
 def test_latest_from_anywhere(tmp_path, monkeypatch):
@@ -429,8 +437,8 @@ def test_latest_where_runs_is_a_link(tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "runs").symlink_to(tmp_path / "disk")
-    monkeypatch.setattr(options, "RUNS", tmp_path / "a" / "b" / "runs")
-    for run in (options.RUNS / "a", tmp_path / "elsewhere" / "b"):
+    monkeypatch.setattr(files, "RUNS", tmp_path / "a" / "b" / "runs")
+    for run in (files.RUNS / "a", tmp_path / "elsewhere" / "b"):
         run.mkdir(parents=True)
         (run / "model.safetensors").touch()
         point_latest(run)
@@ -439,7 +447,7 @@ def test_latest_where_runs_is_a_link(tmp_path, monkeypatch):
 
 def test_the_weights_of_the_latest_are_gone(tmp_path):
     """A runs/latest whose run was removed is answered with the remedy."""
-    run = options.RUNS / "a"
+    run = files.RUNS / "a"
     run.mkdir(parents=True)
     (run / "model.safetensors").touch()
     point_latest(run)

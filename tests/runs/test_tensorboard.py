@@ -11,9 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.event_file_writer import RecordWriter
 
-import curves
-import options
-from curves import Curves
+from lenslet import files
+from lenslet.runs import tensorboard
+from lenslet.runs.tensorboard import TensorBoard
 
 
 @pytest.fixture(autouse=True)
@@ -43,13 +43,13 @@ def points(*parts):
 
 def test_points_beyond_the_checkpoint(tmp_path):
     """What was logged after the checkpoint that a run goes on from is shown as logged again."""
-    first = Curves(tmp_path, 0)
+    first = TensorBoard(tmp_path, 0)
     log(first, range(1, 11), 1.0)
     first.flush(10)
     log(first, range(11, 16), 1.0)  # the checkpoint is that of step 10
     first.close()
     assert shown(tmp_path) == points((range(1, 16), 1.0))
-    second = Curves(tmp_path, 10)
+    second = TensorBoard(tmp_path, 10)
     second.flush(10)
     assert shown(tmp_path) == points((range(1, 11), 1.0))
     log(second, range(11, 21), 2.0)
@@ -61,7 +61,7 @@ def test_many_interruptions(tmp_path):
     """Each step is shown once after any number of interruptions, also twice at the same step."""
     expected = {}
     for begin, end in ((0, 7), (5, 9), (5, 12), (12, 14), (0, 3), (2, 6)):
-        logged = Curves(tmp_path, begin)
+        logged = TensorBoard(tmp_path, begin)
         log(logged, range(begin + 1, end + 1), float(end))
         log(logged, [end], float(begin), "epoch/val")
         logged.close()
@@ -74,7 +74,7 @@ def test_many_interruptions(tmp_path):
 def test_begun_again(tmp_path):
     """A run that was killed before its first checkpoint begins its curves and pictures again."""
     for value in (1.0, 2.0):
-        logged = Curves(tmp_path, 0)
+        logged = TensorBoard(tmp_path, 0)
         log(logged, range(0, 5), value)
         logged.close()
     assert shown(tmp_path) == points((range(0, 5), 2.0))
@@ -83,12 +83,12 @@ def test_begun_again(tmp_path):
 @pytest.mark.parametrize("cut", [1, 5, 20, 60])
 def test_a_file_that_was_cut_off(tmp_path, cut):
     """A record that a crash cut off hides nothing that was logged afterwards."""
-    logged = Curves(tmp_path, 0)
+    logged = TensorBoard(tmp_path, 0)
     log(logged, range(1, 6), 1.0)
     logged.close()
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-cut])
-    logged = Curves(tmp_path, 3)
+    logged = TensorBoard(tmp_path, 3)
     log(logged, range(4, 9), 2.0)
     logged.close()
     assert shown(tmp_path) == points((range(1, 4), 1.0), (range(4, 9), 2.0))
@@ -119,7 +119,7 @@ in_a_thread = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadEx
 @in_a_thread
 def test_a_full_disk_costs_points(tmp_path, disk):
     """While the disk is full points are lost and nothing is raised; at a flush logging goes on."""
-    logged = Curves(tmp_path, 0)
+    logged = TensorBoard(tmp_path, 0)
     log(logged, range(1, 4), 1.0)
     logged.flush(3)
     disk.full = True
@@ -137,7 +137,7 @@ def test_a_full_disk_costs_points(tmp_path, disk):
 @in_a_thread
 def test_a_disk_that_stays_full(tmp_path, disk):
     """However long the disk is full: adding, flushing and closing raise nothing."""
-    logged = Curves(tmp_path, 0)
+    logged = TensorBoard(tmp_path, 0)
     log(logged, range(1, 4), 1.0)
     logged.flush(3)
     disk.full = True
@@ -155,7 +155,7 @@ def test_a_disk_that_stays_full(tmp_path, disk):
 def test_full_when_it_begins(tmp_path, disk):
     """A disk that is full when a run goes on costs its curves, and not the run."""
     disk.full = True
-    logged = Curves(tmp_path, 5)
+    logged = TensorBoard(tmp_path, 5)
     log(logged, range(6, 9))
     disk.full = False
     logged.flush(8)
@@ -167,7 +167,7 @@ def test_full_when_it_begins(tmp_path, disk):
 @in_a_thread
 def test_full_at_the_end(tmp_path, disk):
     """A disk that is full when a run ends does not end it otherwise."""
-    logged = Curves(tmp_path, 0)
+    logged = TensorBoard(tmp_path, 0)
     disk.full = True
     log(logged, range(1, 3))
     logged.close()
@@ -198,8 +198,8 @@ WRITERS = []
 def test_a_failing_writer_is_replaced(tmp_path, monkeypatch, first):
     """After a failure nothing is asked of that writer, and a flush begins after its step."""
     WRITERS.clear()
-    monkeypatch.setattr(curves, "SummaryWriter", Failing)
-    logged = Curves(tmp_path, 7)
+    monkeypatch.setattr(tensorboard, "SummaryWriter", Failing)
+    logged = TensorBoard(tmp_path, 7)
     logged.flush(8)
     logged.flush(9)
     assert logged.writer is None and WRITERS[0].calls == ["flush", "flush", "close"]
@@ -213,7 +213,7 @@ def test_a_failing_writer_is_replaced(tmp_path, monkeypatch, first):
 
 def test_a_mistake_of_ours_is_no_full_disk(tmp_path):
     """Only the disk's failures are passed over."""
-    logged = Curves(tmp_path, 0)
+    logged = TensorBoard(tmp_path, 0)
     with pytest.raises(AttributeError):
         logged.add("scalars_and_more", 1)
     logged.close()
@@ -221,7 +221,7 @@ def test_a_mistake_of_ours_is_no_full_disk(tmp_path):
 
 def test_hyper_parameters(tmp_path):
     """Options and results stand in the run's own folder, where no other run is made of them."""
-    logged = Curves(tmp_path, 0)
+    logged = TensorBoard(tmp_path, 0)
     log(logged, range(1, 4))
     options = {"lr": 0.1, "epochs": 2, "model": None, "mean": [0.1, 0.2], "deterministic": False}
     logged.add_hparams(options, {"result/val_accuracy": 0.75}, 3)
@@ -236,10 +236,10 @@ def test_hyper_parameters(tmp_path):
 SCRIPT = """
 import resource, signal, sys
 from pathlib import Path
-from curves import Curves
+from lenslet.runs.tensorboard import TensorBoard
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-curves = Curves(Path(sys.argv[1]), 0)
+curves = TensorBoard(Path(sys.argv[1]), 0)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for step in range(1, 60):
     curves.add("scalar", "loss", 1.0, step)
@@ -255,7 +255,7 @@ def test_a_real_limit(tmp_path):
     """Where the system itself refuses to write, a command logs on afterwards, without a word."""
     (tmp_path / "script.py").write_text(SCRIPT)
     run = tmp_path / "run"
-    env = {**os.environ, "PYTHONPATH": str(Path(options.ROOT))}
+    env = {**os.environ, "PYTHONPATH": str(Path(files.ROOT))}
     words = [sys.executable, tmp_path / "script.py", run]
     result = subprocess.run(words, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

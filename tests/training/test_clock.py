@@ -2,7 +2,7 @@
 
 import pytest
 
-from clock import WIDTHS, Plan, choose_width
+from lenslet.training.clock import WIDTHS, Plan, choose_width
 
 
 def drive(seconds, step_seconds):

@@ -7,9 +7,9 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-import losses
-from losses import Objective, each
-from options import UserError
+from lenslet.errors import UserError
+from lenslet.training import losses
+from lenslet.training.losses import Objective, image_losses
 
 LOGITS = torch.tensor([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3], [-3.0, 1.0, 4.0]])
 LABELS = torch.tensor([0, 2, 1])
@@ -20,25 +20,25 @@ SOFT = torch.tensor([[0.7, 0.3, 0.0], [0.2, 0.2, 0.6], [0.0, 1.0, 0.0]])
 def test_cross_entropy_is_that_of_torch():
     """Hard and soft targets, with and without label smoothing."""
     for smoothing in (0.0, 0.2):
-        one = each("cross-entropy", LOGITS, HARD, smoothing)
+        one = image_losses("cross-entropy", LOGITS, HARD, smoothing)
         plain = F.cross_entropy(LOGITS, LABELS, reduction="none", label_smoothing=smoothing)
         torch.testing.assert_close(one, plain)
     by_hand = -(SOFT * LOGITS.log_softmax(1)).sum(1)
-    torch.testing.assert_close(each("cross-entropy", LOGITS, SOFT), by_hand)
+    torch.testing.assert_close(image_losses("cross-entropy", LOGITS, SOFT), by_hand)
 
 
 def test_focal_loss():
     """With gamma 0 cross-entropy; for two classes torchvision's; else by the paper's formula."""
-    entropy = each("cross-entropy", LOGITS, HARD)
-    torch.testing.assert_close(each("focal:0", LOGITS, HARD), entropy)
+    entropy = image_losses("cross-entropy", LOGITS, HARD)
+    torch.testing.assert_close(image_losses("focal:0", LOGITS, HARD), entropy)
     p = LOGITS.softmax(1)[torch.arange(3), LABELS]
-    torch.testing.assert_close(each("focal", LOGITS, HARD), -((1 - p) ** 2) * p.log())
-    torch.testing.assert_close(each("focal:0.5", LOGITS, HARD), -((1 - p) ** 0.5) * p.log())
+    torch.testing.assert_close(image_losses("focal", LOGITS, HARD), -((1 - p) ** 2) * p.log())
+    torch.testing.assert_close(image_losses("focal:0.5", LOGITS, HARD), -((1 - p) ** 0.5) * p.log())
     x, y = torch.linspace(-4, 4, 9), torch.arange(9) % 2
-    two = each("focal:2", torch.stack([torch.zeros(9), x], 1), F.one_hot(y, 2).float())
+    two = image_losses("focal:2", torch.stack([torch.zeros(9), x], 1), F.one_hot(y, 2).float())
     torch.testing.assert_close(two, sigmoid_focal_loss(x, y.float(), alpha=-1, gamma=2))
     sure = torch.tensor([[80.0, 0.0]], requires_grad=True)  # 1 - p is 0 in float32
-    each("focal:0.5", sure, torch.tensor([[1.0, 0.0]])).sum().backward()
+    image_losses("focal:0.5", sure, torch.tensor([[1.0, 0.0]])).sum().backward()
     assert sure.grad.isfinite().all()
 
 
@@ -46,11 +46,11 @@ def test_bce_and_mse():
     """Means over the classes, as torch has them; smoothing moves the targets of both."""
     timm_loss = pytest.importorskip("timm.loss").BinaryCrossEntropy
     for smoothing in (0.0, 0.1):
-        ours = each("bce", LOGITS, HARD, smoothing)
+        ours = image_losses("bce", LOGITS, HARD, smoothing)
         assert ours.mean().item() == pytest.approx(timm_loss(smoothing)(LOGITS, LABELS).item())
         smoothed = HARD * (1 - smoothing) + smoothing / 3
         brier = F.mse_loss(LOGITS.softmax(1), smoothed, reduction="none").mean(1)
-        torch.testing.assert_close(each("mse", LOGITS, HARD, smoothing), brier)
+        torch.testing.assert_close(image_losses("mse", LOGITS, HARD, smoothing), brier)
 
 
 @pytest.mark.parametrize("name", [*losses.LOSSES, "focal:1.5", "teacher"])
@@ -112,5 +112,5 @@ def test_distillation():
     half = Objective(
         "mse", 3, torch.ones(3), teacher=lambda images: other, share=0.5, temperature=2
     )
-    both = 0.5 * each("mse", LOGITS, HARD) + 0.5 * wanted
+    both = 0.5 * image_losses("mse", LOGITS, HARD) + 0.5 * wanted
     torch.testing.assert_close(half(LOGITS, HARD, None), both.sum())

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
-import checkpoint
-import choices
-from choices import Schedule
+from lenslet.errors import UserError
+from lenslet.runs import checkpoint
+from lenslet.training import net, optimizers, schedules
+from lenslet.training.schedules import Schedule
 from model import create_model
-from options import UserError
 
 
 def factors(total, warmup, schedule, per_epoch=10):
@@ -40,7 +40,7 @@ def test_learning_rate(warmup):
 
 def test_warmup_longer_than_training():
     """The rate rises all the time, and nothing is divided by zero."""
-    for schedule in choices.SCHEDULES:
+    for schedule in schedules.SCHEDULES:
         words = {"step": "step:2", "multistep": "multistep:2", "restarts": "restarts:2"}
         rates = factors(10, "40", words.get(schedule, schedule))
         if schedule != "onecycle":
@@ -124,10 +124,10 @@ def test_plateau_is_that_of_torch(patience):
 
 def test_stale():
     """Epochs are counted since the last that was better by more than was asked for."""
-    assert choices.stale([]) == 0
-    assert choices.stale([0.5, 0.6, 0.6, 0.55]) == 2
-    assert choices.stale([0.5, 0.6, 0.61, 0.62, 0.75], 0.1) == 0
-    assert choices.stale([0.5, 0.7, 0.71, 0.75], 0.1) == 2
+    assert schedules.epochs_without_progress([]) == 0
+    assert schedules.epochs_without_progress([0.5, 0.6, 0.6, 0.55]) == 2
+    assert schedules.epochs_without_progress([0.5, 0.6, 0.61, 0.62, 0.75], 0.1) == 0
+    assert schedules.epochs_without_progress([0.5, 0.7, 0.71, 0.75], 0.1) == 2
 
 
 @pytest.mark.parametrize(
@@ -139,16 +139,16 @@ def test_stale():
 def test_schedules_that_are_none(text):
     """A schedule that cannot be is refused when it is parsed, and says what is wrong with it."""
     with pytest.raises(ArgumentTypeError):
-        choices.schedule_name(text)
+        schedules.schedule_name(text)
 
 
-@pytest.mark.parametrize("name", choices.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_optimizers_learn(name):
     """Each optimizer holds every trainable parameter once, and lowers a loss."""
     torch.manual_seed(0)
     model = create_model("fastnet", 3, 1, width=8)
     lr = {"adabelief": 0.005, "ranger": 0.05}.get(name, 0.02)
-    optimizer = choices.create_optimizer(name, model, lr, 0.6, 0.01)
+    optimizer = optimizers.create_optimizer(name, model, lr, 0.6, 0.01)
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held))
     assert set(held) == {p for p in model.parameters() if p.requires_grad}
@@ -165,11 +165,11 @@ def test_optimizers_learn(name):
 
 def test_biases_and_norms_are_not_decayed():
     """Without gradients, weight decay shrinks matrices and filters, and nothing else."""
-    for name in choices.OPTIMIZERS:
+    for name in optimizers.OPTIMIZERS:
         torch.manual_seed(0)
         model = create_model("resnet10t", 3)
         before = {key: p.detach().clone() + 0 for key, p in model.named_parameters()}
-        optimizer = choices.create_optimizer(name, model, 0.1, 0.0, 0.5)
+        optimizer = optimizers.create_optimizer(name, model, 0.1, 0.0, 0.5)
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         for _ in range(6):  # ranger's slow weights move in the sixth step
@@ -189,7 +189,7 @@ def test_sgd_has_nesterov_momentum():
         torch.manual_seed(0)
         ours, theirs = create_model("lenet", 2), create_model("lenet", 2)
         theirs.load_state_dict(ours.state_dict())
-        one = choices.create_optimizer("sgd", ours, 0.1, 0.9, 0.0, nesterov)
+        one = optimizers.create_optimizer("sgd", ours, 0.1, 0.9, 0.0, nesterov)
         other = torch.optim.SGD(theirs.parameters(), 0.1, 0.9, nesterov=nesterov)
         for _ in range(3):
             for model, optimizer in ((ours, one), (theirs, other)):
@@ -204,19 +204,19 @@ def trained(name, folder, stop):
     """The parameters of a tiny network after 10 steps, of which a checkpoint may be after 6."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
-    optimizer = choices.create_optimizer(name, network, 0.01, 0.9, 0.01)
-    backward = choices.second_order(optimizer, 1, False)
+    optimizer = optimizers.create_optimizer(name, network, 0.01, 0.9, 0.01)
+    backward = optimizers.second_order(optimizer, 1, False)
     for step in range(10):
         if stop and step == 6:
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
             path = checkpoint.save_checkpoint(folder / name, step, state)
             state = checkpoint.load_checkpoint(path)
             network.load_state_dict(state["network"])
-            optimizer = choices.create_optimizer(name, network, 0.01, 0.9, 0.01)
+            optimizer = optimizers.create_optimizer(name, network, 0.01, 0.9, 0.01)
             state["optimizer"].pop("rng_state", None)
             optimizer.load_state_dict(state["optimizer"])
         network(torch.linspace(-1, 1, 16).view(1, 1, 4, 4)).square().sum().backward(**backward)
-        choices.seed_draws(optimizer, 0, step)
+        optimizers.seed_draws(optimizer, 0, step)
         optimizer.step()
         optimizer.zero_grad()
     return [p.detach() for p in network.parameters()]
@@ -232,7 +232,7 @@ def test_every_name_of_timm(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # kron's, for a minute
     made = 0
     for name in [*list_optimizers(), "lookahead_adam"]:
-        choices.optimizer_name(name)
+        optimizers.optimizer_name(name)
         said = f"--optimizer {name} cannot"
         try:
             ends = [trained(name, tmp_path, stop) for stop in (False, True)]
@@ -243,14 +243,14 @@ def test_every_name_of_timm(tmp_path, monkeypatch):
         assert said.startswith(f"--optimizer {name} cannot") and "\n" not in said
     assert made > 80
     with pytest.raises(ArgumentTypeError, match="did you mean adamw"):
-        choices.optimizer_name("adamww")
+        optimizers.optimizer_name("adamww")
 
 
 def test_muon_orthogonalises_filters():
     """A filter's step has equal singular values; the last layer goes by AdamW."""
     torch.manual_seed(0)
     model = create_model("fastnet", 3, 1, width=8)
-    optimizer = choices.create_optimizer("muon", model, 1.0, 0.0, 0.0)
+    optimizer = optimizers.create_optimizer("muon", model, 1.0, 0.0, 0.0)
     before = {name: p.clone() for name, p in model.named_parameters()}
     F.cross_entropy(model(torch.randn(30, 1, 32, 32)), torch.arange(30) % 3).backward()
     optimizer.step()
@@ -267,20 +267,20 @@ def test_muon_orthogonalises_filters():
 def test_l1_is_of_the_decayed_weights():
     """The penalty's gradient is the sign of each weight, and none of a bias."""
     model = create_model("lenet", 2)
-    choices.l1_penalty(model, 0.3)().backward()
+    optimizers.l1_penalty(model, 0.3)().backward()
     for p in model.parameters():
         if p.ndim > 1:
             assert torch.equal(p.grad, 0.3 * p.sign())
         else:
             assert p.grad is None
-    assert choices.l1_penalty(model, 0.0)() == 0
+    assert optimizers.l1_penalty(model, 0.0)() == 0
 
 
 def test_moving_average():
     """The average follows with a decay that rises to its value; none is none."""
-    assert choices.moving_average(nn.Linear(1, 1), None) is None
+    assert net.create_ema(nn.Linear(1, 1), None) is None
     network = nn.Linear(1, 1)
-    average = choices.moving_average(network, 0.9)
+    average = net.create_ema(network, 0.9)
     nn.init.zeros_(network.weight)
     average.update(network, 1)
     assert average.module.weight.item() == 0

@@ -17,12 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import checkpoint
+import lenslet.files
 import model
-import options
-import sources
-import transfer
-from options import ROOT, OutsideError, UserError
+from lenslet import errors, weights
+from lenslet.errors import OutsideError, UserError
+from lenslet.training import net, pretrained
 
 
 def tiny(channels=3, classes=3, seed=0):
@@ -88,7 +87,7 @@ def test_pickles_of_every_kind(tmp_path, kind, legacy):
     tree = wrapped(state)[kind]
     path = tmp_path / "weights.pth.tar"
     torch.save(tree, path, _use_new_zipfile_serialization=not legacy)
-    tensors, header = transfer.read_weights(str(path), "lenet")
+    tensors, header = pretrained.read_weights(str(path), "lenet")
     if kind == "parameters":
         state = {name: value for name, value in state.items() if name in tree}
     assert same(tensors, state) and header == {}
@@ -103,14 +102,14 @@ def test_an_optimizer_is_no_network(tmp_path):
     adam.step()
     tree = {"optimizer": adam.state_dict(), "model": network.state_dict()}
     torch.save(tree, tmp_path / "w.pt")
-    assert same(transfer.read_weights(str(tmp_path / "w.pt"), "lenet")[0], network.state_dict())
+    assert same(pretrained.read_weights(str(tmp_path / "w.pt"), "lenet")[0], network.state_dict())
 
 
 def test_safetensors_of_others(tmp_path):
     """A .safetensors that train.py did not write is read, and has no header."""
     state = trained().state_dict()
     save_file(state, tmp_path / "x.safetensors", {"format": "pt"})
-    tensors, header = transfer.read_weights(str(tmp_path / "x.safetensors"), "lenet")
+    tensors, header = pretrained.read_weights(str(tmp_path / "x.safetensors"), "lenet")
     assert same(tensors, state) and header == {}
 
 
@@ -118,9 +117,9 @@ def test_safetensors_of_ours(tmp_path):
     """One of ours comes with its header; altered or cut off, it is an error and not foreign."""
     state = trained().state_dict()
     path = tmp_path / "model.safetensors"
-    data = checkpoint.encode(state, {"model": "lenet", "classes": ["a", "b"]})
+    data = weights.encode(state, {"model": "lenet", "classes": ["a", "b"]})
     path.write_bytes(data)
-    tensors, header = transfer.read_weights(str(path), "lenet")
+    tensors, header = pretrained.read_weights(str(path), "lenet")
     assert same(tensors, state) and header["classes"] == ["a", "b"]
     altered, cut = r"^\S*model.safetensors: the weights are not those", "^--pre.*cannot be read"
     for damaged, message in (
@@ -130,7 +129,7 @@ def test_safetensors_of_ours(tmp_path):
     ):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=message) as caught:
-            transfer.read_weights(str(path), "lenet")
+            pretrained.read_weights(str(path), "lenet")
         assert caught.value.status == 2
 
 
@@ -140,7 +139,7 @@ def test_code_is_refused(tmp_path):
     for harm in (Evil(tmp_path / "ran"), tiny()):
         torch.save({"state_dict": tiny().state_dict(), "extra": harm}, path)
         with pytest.raises(UserError, match=r"evil\.pth: runs code \([\w.]+\).*weights_only") as c:
-            transfer.read_weights(str(path), "lenet")
+            pretrained.read_weights(str(path), "lenet")
         assert "\n" not in str(c.value)
     assert not (tmp_path / "ran").exists()
 
@@ -150,19 +149,19 @@ def test_no_weights_to_read(tmp_path, suffix):
     """Missing, a folder, cut off, something else, without tensors: one line that names the file."""
     path = tmp_path / f"w{suffix}"
     with pytest.raises(UserError, match=f"w{suffix}: no such file"):
-        transfer.read_weights(str(path), "lenet")
+        pretrained.read_weights(str(path), "lenet")
     with pytest.raises(UserError, match="is a folder"):
-        transfer.read_weights(str(tmp_path), "lenet")
+        pretrained.read_weights(str(tmp_path), "lenet")
     torch.save(tiny().state_dict(), path)
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"<html>not found</html>", bytes(99), b"\x80\2"):
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"w{suffix}: cannot be read as weights .*again") as c:
-            transfer.read_weights(str(path), "lenet")
+            pretrained.read_weights(str(path), "lenet")
         assert "\n" not in str(c.value) and c.value.status == 2
     torch.save({"epoch": 3, "note": ["x", torch.ones(2)]}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"other\.pth: holds no tensors"):
-        transfer.read_weights(str(tmp_path / "other.pth"), "lenet")
+        pretrained.read_weights(str(tmp_path / "other.pth"), "lenet")
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -229,13 +228,13 @@ def test_url(serve, tmp_path):
     for _ in range(2):
         for number in range(2):
             url = f"{server.url}/{number}/w.pth?download=true"
-            tensors, header = transfer.read_weights(url, "lenet")
+            tensors, header = pretrained.read_weights(url, "lenet")
             assert (tensors["w"] == number).all() and header == {}
         files["/0/w.pth"] = None  # kept: no longer asked for
     assert len(server.asked) == 2
-    assert len(list((sources.DATA / "weights").glob("*-w.pth"))) == 2
+    assert len(list((lenslet.files.DATA / "weights").glob("*-w.pth"))) == 2
     with pytest.raises(OutsideError, match=f"{server.url}/2/w.pth: answers 404"):
-        transfer.read_weights(f"{server.url}/2/w.pth", "lenet")
+        pretrained.read_weights(f"{server.url}/2/w.pth", "lenet")
 
 
 @pytest.mark.parametrize(
@@ -250,22 +249,23 @@ def test_url(serve, tmp_path):
 def test_networks_without_weights_of_timm(name, message):
     """What timm has no weights for is the user's mistake, and nobody is asked."""
     with pytest.raises(UserError, match=message) as caught:
-        transfer.read_weights("timm", name)
+        pretrained.read_weights("timm", name)
     assert caught.value.status == 2
 
 
 HUB = """
-import json, sys, time, torch, transfer
-from options import OutsideError
-transfer.PATIENCE, said = 0.5, {}
+import json, sys, time, torch
+from lenslet.errors import OutsideError
+from lenslet.training import pretrained
+pretrained.PATIENCE, said = 0.5, {}
 torch.manual_seed(0)
 for _ in range(2):
-    tensors, header = transfer.read_weights("timm", "test_resnet.r160_in1k")
+    tensors, header = pretrained.read_weights("timm", "test_resnet.r160_in1k")
 torch.save([tensors, torch.rand(1)], sys.argv[1])
 for name in ("test_vit", "test_vit2", "test_efficientnet"):
     started = time.monotonic()
     try:
-        transfer.read_weights("timm", name)
+        pretrained.read_weights("timm", name)
     except OutsideError as error:
         said[name] = [str(error), error.status, time.monotonic() - started]
 print(json.dumps(said))
@@ -284,7 +284,12 @@ def test_hub(serve, tmp_path):
     hub = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", HUB, str(tmp_path / "read")]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | hub, capture_output=True, text=True, check=True
+        command,
+        cwd=lenslet.files.ROOT,
+        env=os.environ | hub,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     tensors, drawn = torch.load(tmp_path / "read")
     assert same(tensors, state)
@@ -311,7 +316,7 @@ def test_prefixes(prefix):
     """Whatever stands before all names is taken off, and said."""
     network, state = tiny(), trained().state_dict()
     named = {prefix + name: value for name, value in state.items()}
-    first, *_ = transfer.fit(network, named, ["fc"], True, "w.pth")
+    first, *_ = pretrained.fit(network, named, ["fc"], True, "w.pth")
     assert same(network.state_dict(), state)
     assert first == "w.pth: 9 of 9 tensors, 135 parameters" + (
         f", without their prefix {prefix}" if prefix else ""
@@ -323,7 +328,7 @@ def test_names_beside_the_prefix():
     network, state = tiny(), trained().state_dict()
     mixed = {f"net.{k}" if k.startswith(("conv", "bn")) else k: v for k, v in state.items()}
     mixed["conv.weight"] = torch.zeros(4, 3, 3, 3)
-    lines = transfer.fit(network, mixed, ["fc"], True, "w")
+    lines = pretrained.fit(network, mixed, ["fc"], True, "w")
     assert same(network.state_dict(), state)
     assert lines[1:] == ["1 not used of the file: conv.weight"]
 
@@ -333,7 +338,7 @@ def test_prefix_needs_the_shapes():
     network, right = tiny(), trained().state_dict()
     state = {f"big.{name}": torch.stack([value] * 2) for name, value in right.items()}
     state |= {f"small.{name}": value for name, value in right.items()}
-    transfer.fit(network, state, ["fc"], True, "w")
+    pretrained.fit(network, state, ["fc"], True, "w")
     assert same(network.state_dict(), right)
 
 
@@ -341,7 +346,7 @@ def test_plain_names_before_others():
     """Two copies of a network in a file: the one with the plain names is taken."""
     network, right = tiny(), trained().state_dict()
     state = {f"start.{name}": torch.zeros_like(value) for name, value in right.items()} | right
-    transfer.fit(network, state, ["fc"], True, "w")
+    pretrained.fit(network, state, ["fc"], True, "w")
     assert same(network.state_dict(), right)
 
 
@@ -349,14 +354,14 @@ def test_prefix_ends_with_a_name():
     """Layer 10 is not layer 0 behind a 1."""
     state = {f"10.{name}": value for name, value in nn.Linear(4, 4).state_dict().items()}
     with pytest.raises(UserError, match="nothing fits"):
-        transfer.fit(nn.Sequential(nn.Linear(4, 4)), state, [], False, "w")
+        pretrained.fit(nn.Sequential(nn.Linear(4, 4)), state, [], False, "w")
 
 
 def test_head_stays_new():
     """Without keep_head the last layer stays new even where its shape agrees; it is said."""
     network, state = tiny(), trained().state_dict()
     before = copy.deepcopy(network.state_dict())
-    lines = transfer.fit(network, state, ["fc"], False, "w")
+    lines = pretrained.fit(network, state, ["fc"], False, "w")
     after = network.state_dict()
     for name in after:
         assert torch.equal(after[name], (before if name.startswith("fc.") else state)[name])
@@ -366,7 +371,7 @@ def test_head_stays_new():
         "2 not used of the file: fc.weight, fc.bias",
     ]
     other = trained(classes=7).state_dict()
-    lines = transfer.fit(network, other, ["fc"], True, "w")
+    lines = pretrained.fit(network, other, ["fc"], True, "w")
     assert "2 new: fc.weight, fc.bias" in lines
     assert (
         "2 skipped for their shapes: fc.weight [7, 4] in the file, [3, 4] here, "
@@ -378,7 +383,7 @@ def test_head_stays_new():
 def test_grey_and_colour(before, now):
     """Adapted to other channels, a network answers to a grey picture as it did before."""
     old, network = trained(channels=before).eval(), tiny(channels=now)
-    lines = transfer.fit(network, old.state_dict(), ["fc"], True, "w")
+    lines = pretrained.fit(network, old.state_dict(), ["fc"], True, "w")
     grey = torch.rand(2, 1, 8, 8)
     assert torch.allclose(
         network.eval()(grey.expand(-1, now, -1, -1)), old(grey.expand(-1, before, -1, -1))
@@ -391,7 +396,7 @@ def test_other_channels_as_timm_does(now):
     """From 3 channels to any other number: timm's adapt_input_conv()."""
     state, network = trained().state_dict(), tiny(channels=now)
     expected = timm.models.adapt_input_conv(now, state["conv.weight"])
-    transfer.fit(network, state, ["fc"], True, "w")
+    pretrained.fit(network, state, ["fc"], True, "w")
     assert torch.allclose(network.conv.weight, expected)
 
 
@@ -399,7 +404,7 @@ def test_channels_are_added_in_full_precision():
     """Half-precision weights are added up as float32, not rounded in between."""
     state = {name: value.half() for name, value in trained().state_dict().items()}
     network = tiny(channels=1)
-    transfer.fit(network, state, ["fc"], True, "w")
+    pretrained.fit(network, state, ["fc"], True, "w")
     assert torch.equal(network.conv.weight, state["conv.weight"].float().sum(1, keepdim=True))
 
 
@@ -411,7 +416,7 @@ def test_two_convolutions_that_see_the_picture():
         return nn.ModuleDict(layers | {"c": nn.Conv2d(inner, 8, 1)})
 
     there, here = network(3, 4), network(1, 2)
-    lines = transfer.fit(here, there.state_dict(), [], False, "w")
+    lines = pretrained.fit(here, there.state_dict(), [], False, "w")
     assert torch.allclose(here["b"].weight, there["b"].weight.sum(1, keepdim=True))
     assert lines[1].startswith("2 reshaped: a.weight")
     assert lines[2] == (
@@ -424,7 +429,7 @@ def test_folded_stem_is_left():
     here = nn.Sequential(nn.Conv2d(16, 4, 3), nn.Conv2d(4, 4, 3))
     there = nn.Sequential(nn.Conv2d(48, 4, 3), nn.Conv2d(4, 4, 3))
     before = here[0].weight.clone()
-    lines = transfer.fit(here, there.state_dict(), [], False, "w")
+    lines = pretrained.fit(here, there.state_dict(), [], False, "w")
     assert torch.equal(here[0].weight, before) and torch.equal(here[1].weight, there[1].weight)
     assert "0.weight [4, 48, 3, 3] in the file, [4, 16, 3, 3] here" in lines[1]
 
@@ -434,7 +439,7 @@ def test_other_shapes_are_skipped():
     network, state = tiny(), trained().state_dict()
     before = network.bn.weight.clone()
     state["bn.weight"] = torch.ones(9)
-    lines = transfer.fit(network, state, ["fc"], True, "w")
+    lines = pretrained.fit(network, state, ["fc"], True, "w")
     assert torch.equal(network.bn.weight, before)
     assert torch.equal(network.conv.weight, state["conv.weight"])
     assert lines[1:] == ["1 skipped for their shapes: bn.weight [9] in the file, [4] here"]
@@ -447,7 +452,7 @@ def test_types_layout_and_gradients_stay(kind):
     network.bn.weight.requires_grad = False
     parameters = dict(network.named_parameters())
     state = {name: value.to(kind) for name, value in trained().state_dict().items()}
-    transfer.fit(network, state, ["fc"], True, "w")
+    pretrained.fit(network, state, ["fc"], True, "w")
     for name, parameter in network.named_parameters():
         assert parameter is parameters[name]
         assert parameter.dtype == torch.float32
@@ -462,7 +467,7 @@ def test_account_of_the_rest():
     network, state = tiny(), trained().state_dict()
     state = {name: value for name, value in state.items() if not name.startswith("bn.")}
     state |= {f"extra.{number}": torch.ones(3, 3) for number in range(5)}
-    assert transfer.fit(network, state, ["fc"], True, "w")[1:] == [
+    assert pretrained.fit(network, state, ["fc"], True, "w")[1:] == [
         "5 not used of the file: extra.0, extra.1, extra.2 and 2 more",
         "4 not in the file: bn.weight, bn.bias, bn.running_mean and 1 more",
     ]
@@ -479,7 +484,7 @@ def test_nothing_fits(other):
     }[other]
     before = copy.deepcopy(network.state_dict())
     with pytest.raises(UserError, match=r"w\.pth: nothing fits") as caught:
-        transfer.fit(network, state, ["fc"], True, "w.pth")
+        pretrained.fit(network, state, ["fc"], True, "w.pth")
     line = str(caught.value)
     assert next(iter(state)) in line and "conv.weight [4, 3, 3, 3]" in line and "\n" not in line
     assert same(network.state_dict(), before)
@@ -489,7 +494,7 @@ def test_a_network_of_timms():
     """With its head's names from model.py, a timm network takes another's body, whole."""
     old = timm.create_model("test_resnet", num_classes=5)
     network = model.create_model("test_resnet", 2, channels=1)
-    lines = transfer.fit(network, old.state_dict(), model.head_of(network), False, "w")
+    lines = pretrained.fit(network, old.state_dict(), model.head_of(network), False, "w")
     loaded, state = network.state_dict(), old.state_dict()
     different = {name for name in state if not torch.equal(loaded[name], state[name])}
     assert different == {"conv1.0.weight", "fc.weight", "fc.bias"}
@@ -507,7 +512,7 @@ def test_frozen_epochs():
     """For N epochs only the head learns and statistics stand; then all does, as it was before."""
     network = tiny()
     network.conv.bias.requires_grad = False
-    freezer = transfer.Freezer(network, [], 2, ["fc"])
+    freezer = net.Freezer(network, [], 2, ["fc"])
     everything = free(network)
     changes = []
     for epoch in range(4):
@@ -525,7 +530,7 @@ def test_frozen_epochs():
 def test_resumed_after_the_frozen_epochs():
     """A run that goes on later finds everything released, and nothing changed."""
     network = tiny()
-    freezer = transfer.Freezer(network, [], 2, ["fc"])
+    freezer = net.Freezer(network, [], 2, ["fc"])
     assert not freezer.update(5)
     freezer.train()
     assert len(free(network)) == 6 and network.bn.training
@@ -549,10 +554,10 @@ def test_patterns(patterns, frozen, statistics):
     network = tiny()
     if frozen is None:
         with pytest.raises(UserError):
-            transfer.Freezer(network, patterns, 0, ["fc"])
+            net.Freezer(network, patterns, 0, ["fc"])
         return
     everything = free(network)
-    freezer = transfer.Freezer(network, patterns, 0, ["fc"])
+    freezer = net.Freezer(network, patterns, 0, ["fc"])
     assert freezer.update(0) == bool(frozen)
     freezer.train()
     assert everything - free(network) == frozen
@@ -562,7 +567,7 @@ def test_patterns(patterns, frozen, statistics):
 def test_patterns_outlast_the_frozen_epochs():
     """What a pattern names stays fixed after the frozen epochs, and in the head too."""
     network = tiny()
-    freezer = transfer.Freezer(network, ["bn", "fc.bias"], 1, ["fc"])
+    freezer = net.Freezer(network, ["bn", "fc.bias"], 1, ["fc"])
     freezer.update(0)
     assert free(network) == {"fc.weight"}
     freezer.update(1)
@@ -580,7 +585,7 @@ def test_norms_are_judged_by_name():
             fc=nn.Linear(4, 2),
         )
     )
-    freezer = transfer.Freezer(network, ["body"], 1, ["fc"])
+    freezer = net.Freezer(network, ["body"], 1, ["fc"])
     for epoch, standing in ((0, {"body.1", "extra"}), (1, {"body.1"})):
         freezer.update(epoch)
         freezer.train()
@@ -591,7 +596,7 @@ def test_fastnet_keeps_what_never_learns():
     """fastnet's whitening and its norms' scale stay fixed through a freeze and its end."""
     network = model.create_model("fastnet", 10, width=8)
     never = {name for name, p in network.named_parameters() if not p.requires_grad}
-    freezer = transfer.Freezer(network, [], 1, model.head_of(network))
+    freezer = net.Freezer(network, [], 1, model.head_of(network))
     freezer.update(0)
     freezer.train()
     assert free(network) == {"head.weight"}
@@ -605,19 +610,19 @@ def test_fastnet_keeps_what_never_learns():
 def test_wrong_patterns():
     """A pattern that meets nothing names what is near and what there is; all frozen is no way."""
     with pytest.raises(UserError, match=r"--freeze cnov: .*did you mean conv.*has conv, bn, fc"):
-        transfer.Freezer(tiny(), ["cnov"], 0, ["fc"])
+        net.Freezer(tiny(), ["cnov"], 0, ["fc"])
     for patterns in (["*"], ["conv", "bn", "fc"]):
         with pytest.raises(UserError, match="nothing is left to train; "):
-            transfer.Freezer(tiny(), patterns, 0, ["fc"])
+            net.Freezer(tiny(), patterns, 0, ["fc"])
     with pytest.raises(UserError, match="nothing is left to train, for --freeze-epochs"):
-        transfer.Freezer(tiny(), ["fc"], 1, ["fc"])
-    transfer.Freezer(tiny(), ["pool", "fc"], 0, ["fc"])
+        net.Freezer(tiny(), ["fc"], 1, ["fc"])
+    net.Freezer(tiny(), ["pool", "fc"], 0, ["fc"])
 
 
 def test_frozen_parts_do_not_move():
     """A training step moves what is free and nothing else, weight decay or not."""
     network = tiny()
-    freezer = transfer.Freezer(network, ["bn"], 1, ["fc"])
+    freezer = net.Freezer(network, ["bn"], 1, ["fc"])
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, weight_decay=0.5)
     for epoch, moving in ((0, {"fc"}), (1, {"fc", "conv"})):
         freezer.update(epoch)
@@ -633,8 +638,8 @@ def test_frozen_parts_do_not_move():
 def test_errors_end_a_command_in_one_line(capsys):
     """The statuses: 2 for what a user can mend, 1 for what failed outside."""
     argument = "http://127.0.0.1:9/x.pth"
-    assert options.run(lambda _: transfer.read_weights(argument, "lenet")[1:0]) == 1
-    assert options.run(lambda _: transfer.read_weights("nowhere.pth", "lenet")[1:0]) == 2
+    assert errors.run_main(lambda _: pretrained.read_weights(argument, "lenet")[1:0]) == 1
+    assert errors.run_main(lambda _: pretrained.read_weights("nowhere.pth", "lenet")[1:0]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[:2] for line in lines] == [
         ["error", argument],

@@ -13,10 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.nn import functional as F
 
-import watch
-from curves import Curves
+from lenslet.runs.tensorboard import TensorBoard
+from lenslet.training import watch
+from lenslet.training.watch import Watch
 from model import create_model
-from watch import Watch
 
 ALWAYS = 1e9  # a share of the time with which every look is paid off at once
 
@@ -87,7 +87,7 @@ def test_no_bit_of_training_changes(layout, tmp_path):
     expected = torch.get_rng_state()
     torch.manual_seed(4)
     images, lines = torch.randn(6, 3, 12, 12, generator=torch.Generator()), []
-    watched = Watch(seen, Curves(tmp_path, 0), images, ALWAYS, lines.append)
+    watched = Watch(seen, TensorBoard(tmp_path, 0), images, ALWAYS, lines.append)
     train(seen, 4, watched, inside=True)
     watched.curves.close()
     assert not lines and set(EventAccumulator(str(tmp_path)).Reload().Tags()["histograms"])
@@ -108,7 +108,7 @@ def clock(monkeypatch):
     class Clock:
         time = 0.0
 
-    monkeypatch.setattr(watch, "now", lambda device: Clock.time)
+    monkeypatch.setattr(watch, "device_time", lambda device: Clock.time)
     return Clock
 
 
@@ -304,7 +304,7 @@ def test_healthy_networks(name, size):
 
 def test_what_tensorboard_shows(tmp_path):
     """Curves, histograms, pictures and the graph are read back from the file, at their steps."""
-    curves = Curves(tmp_path, 0)
+    curves = TensorBoard(tmp_path, 0)
     network, lines = small_network(), []
     watched = Watch(network, curves, torch.randn(4, 3, 12, 12), ALWAYS, lines.append)
     train(network, 3, watched, inside=True)
@@ -410,7 +410,9 @@ def test_unusual_networks(odd, capsys, tmp_path):
     """What a network does not allow is said in one line, once; the rest is shown."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3), odd())
     lines = []
-    watched = Watch(network, Curves(tmp_path, 0), torch.randn(2, 3, 8, 8), ALWAYS, lines.append)
+    watched = Watch(
+        network, TensorBoard(tmp_path, 0), torch.randn(2, 3, 8, 8), ALWAYS, lines.append
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # tracing warns, and nobody is to be bothered with it
         watched.inside(1, 0.0)

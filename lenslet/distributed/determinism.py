@@ -1,0 +1,77 @@
+"""What makes results bitwise reproducible: every seed formula, and what else affects numerics."""
+
+import os
+import platform
+from importlib.metadata import version
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+
+
+def uniform(seed: int, epoch: int, index: Tensor, draws: int) -> Tensor:
+    """Random numbers in [0, 1), float32 [B, draws], that depend on nothing but the arguments.
+
+    index int64 [B].  A counter-based generator on Wellons' 32-bit hash ("lowbias32").
+    """
+    mask = 0xFFFFFFFF
+    x = (index[:, None] * draws + torch.arange(draws, device=index.device)) & mask
+    for key in (0, epoch + 1, seed + 1):
+        x = x ^ (key * 0x9E3779B9 & mask)
+        x = ((x ^ (x >> 16)) * 0x21F0AAAD) & mask
+        x = ((x ^ (x >> 15)) * 0xD35A2D97) & mask
+        x = x ^ (x >> 15)
+    return (x >> 8).float() / (1 << 24)
+
+
+def environment(precision: str) -> dict:
+    """What else than the options has a say in the last bits of a result."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
+    found = {name: version(name) for name in ("torch", "torchvision", "accelerate", "timm")}
+    return {
+        "versions": {"python": platform.python_version(), **found},
+        "device": device,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "processes": PartialState().num_processes,
+    }
+
+
+def compute_deterministically() -> None:
+    """Have a GPU take the same bits' way every time; before anything has run on it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing reads it
+    torch.backends.cudnn.benchmark = False
+
+
+def fix_reduction_order(
+    model: torch.nn.Module, images: torch.Tensor, accelerator: Accelerator
+) -> None:
+    """Have several processes add gradients up in the same order from the first step on.
+
+    DistributedDataParallel rearranges them once, after its first backward pass, and with more than
+    two processes the order of a sum shows in its last bits: a run that goes on would differ.
+    images: what the network is fed; nothing is learned from them.
+    """
+    if accelerator.num_processes > 1:
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        accelerator.backward(0 * model(images).sum())
+        model.zero_grad()
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+
+def seed_step(seed: int, step: int, rank: int, world: int, device: torch.device) -> None:
+    """Have what dropout draws depend on the step and the process, and on nothing before."""
+    key = ((seed * 1_000_003 + step) * world + rank) % 2**63
+    torch.default_generator.manual_seed(key)  # torch.manual_seed is 0.1 ms slower without a GPU
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(key)

@@ -1,0 +1,68 @@
+"""How every command fails: one line on standard error with the remedy, and an exit status.
+
+A command is `main(argv=None)`; `run_main(main)` turns what it raises into one line and a
+status: 2 for what the user can mend, 1 for causes outside.
+"""
+
+import contextlib
+import difflib
+import os
+import sys
+
+
+class UserError(Exception):
+    """Something the user did, in one line with the remedy; exit status 2."""
+
+    status = 2
+
+
+class OutsideError(UserError):
+    """Something that failed outside (disk, network, a peer), in one line; exit status 1."""
+
+    status = 1
+
+
+def run_main(main, argv=None) -> int:
+    """Call main(argv) and return the exit status; the known failures become one line each.
+
+    main may return an exit status of its own.
+    """
+    for stream in (sys.stdout, sys.stderr):  # file names need not be UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape", line_buffering=True)
+    try:
+        status = main(argv) or 0
+        sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
+        return status
+    except UserError as error:
+        # Every process of a run meets a user's mistake alike: the first one says it.
+        if error.status != 2 or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return error.status
+    except BrokenPipeError:  # `predict.py … | head`: the reader has seen enough
+        _drop_output()
+        return 1
+    except OSError as error:
+        _drop_output()
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _drop_output() -> None:
+    """Let Python's own flush at exit succeed, whatever standard output is."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def nearest(word: str, known) -> str:
+    """' (did you mean x?)' for a misspelt word, or '' where nothing is near."""
+    known = list(known)
+    begun = [other for other in known if other.startswith(word)]
+    close = begun if len(begun) == 1 else difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""

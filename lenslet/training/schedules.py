@@ -1,0 +1,167 @@
+"""The learning rate of every step."""
+
+import math
+from argparse import ArgumentTypeError
+
+from lenslet.cli import number
+from lenslet.errors import nearest
+
+# Schedules, and what their numbers are and default to.
+SCHEDULES = {
+    "constant": (),
+    "cosine": (),
+    "linear": (),
+    "step": ("epochs", 0.1),
+    "multistep": ("epochs,epochs", 0.1),
+    "restarts": ("epochs", 2),
+    "plateau": (0.1, 3),
+    "onecycle": (),
+}
+
+
+def schedule_name(text: str) -> str:
+    """An argparse type: a name of SCHEDULES with its numbers, as it was written."""
+    parse_schedule(text)
+    return text
+
+
+def parse_schedule(text: str) -> tuple[str, list]:
+    """'step:30:0.1' as ('step', [30.0, 0.1]); of multistep the first is a list."""
+    name, *given = text.split(":")
+    if name not in SCHEDULES:
+        raise ArgumentTypeError(
+            f"no schedule {text!r}{nearest(name, SCHEDULES)}: {', '.join(SCHEDULES)}"
+        )
+    wanted = SCHEDULES[name]
+    needed = sum(isinstance(value, str) for value in wanted)
+    if not needed <= len(given) <= len(wanted):
+        form = ":".join([name, *("EPOCHS" if isinstance(x, str) else str(x) for x in wanted)])
+        raise ArgumentTypeError(f"{text!r} has not the form {form}")
+    words = [*given, *map(str, wanted[len(given) :])]
+    if name == "multistep":
+        epochs = [number(float, 0, above=True)(word) for word in words[0].split(",")]
+        if sorted(set(epochs)) != epochs:
+            raise ArgumentTypeError(f"{text!r}: its epochs do not rise")
+        return name, [epochs, number(float, 0, 1, above=True)(words[1])]
+    if name == "plateau":
+        return name, [number(float, 0, 1, above=True)(words[0]), number(int, 0)(words[1])]
+    # Cycles that shrank, or took no time, would never end.
+    factor = number(float, 1, 100) if name == "restarts" else number(float, 0, 1, above=True)
+    kinds = [number(float, 0.01), factor]
+    return name, [kind(word) for kind, word in zip(kinds, words, strict=False)]
+
+
+class Schedule:
+    """The learning rate of every optimizer step, as a share of --lr.
+
+    text: as SCHEDULES says.  warmup: steps ("500") or a share of all ("20%") of linear rise before
+    it.  per_epoch: optimizer steps of an epoch.
+
+        constant, cosine, linear   no change, half a cosine or a line to zero at the end
+        step:E:F                   times F (0.1) after every E epochs
+        multistep:E,E2,…:F         times F (0.1) after each of these epochs
+        restarts:E:F               cosines to zero, of E epochs and each F (2) times the one before
+                                   (SGDR: Loshchilov, Hutter 2016, arXiv:1608.03983)
+        plateau:F:P                times F (0.1) after more than P (3) epochs without a better one
+        onecycle                   a cosine up from 1/25 during the warm-up (30 % if none is given),
+                                   another down to 1/250,000; momentum (Adam's first beta), if not
+                                   0, from 0.95 to 0.85 and back (Smith, Topin 2017:
+                                   arXiv:1708.07120)
+
+    Nothing is counted in calls: the rate depends on the step, the plan, and validation scores, so
+    it is the same on any number of processes and in a run that goes on.
+    """
+
+    def __init__(self, text: str, warmup: str, per_epoch: int, min_delta: float = 0.0):
+        self.name, self.numbers = parse_schedule(text)
+        self.warmup, self.per_epoch, self.min_delta = warmup, per_epoch, min_delta
+
+    def factor(self, step: int, progress: float, total: int, scores: list[float] = ()) -> float:
+        """The share at optimizer step `step` (0-based) of `total`, where `progress` (0..1) is done.
+
+        scores: of the validations so far, larger is better.
+        """
+        rise = self.rise(total)
+        if progress < rise:
+            share = progress / rise
+            return 0.04 + 0.96 * _half_cosine(1 - share) if self.name == "onecycle" else share
+        done = (progress - rise) / (1 - rise)
+        epochs = step / self.per_epoch
+        if self.name == "cosine":
+            return _half_cosine(done)
+        if self.name == "linear":
+            return 1 - done
+        if self.name == "onecycle":
+            return 4e-6 + (1 - 4e-6) * _half_cosine(done)
+        if self.name == "step":
+            return self.numbers[1] ** (epochs // self.numbers[0])
+        if self.name == "multistep":
+            return self.numbers[1] ** sum(epochs >= at for at in self.numbers[0])
+        if self.name == "restarts":
+            length, growth = self.numbers
+            since = (step + 0.5 - rise * total) / self.per_epoch
+            while since >= length:
+                since, length = since - length, length * growth
+            return _half_cosine(since / length)
+        if self.name == "plateau":
+            return self.numbers[0] ** times_reduced(scores, self.numbers[1], self.min_delta)
+        return 1.0
+
+    def apply(self, optimizer, lr: float, step: int, progress: float, total: int, scores) -> None:
+        """Set the learning rate of step `step`, and the momentum where the schedule has one."""
+        momentum = self.momentum(progress, total)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * self.factor(step, progress, total, scores)
+            if momentum and "betas" in group:
+                group["betas"] = (momentum, *group["betas"][1:])
+            if momentum and group.get("momentum"):
+                group["momentum"] = momentum
+
+    def momentum(self, progress: float, total: int) -> float | None:
+        """What the momentum is set to, if it is."""
+        if self.name != "onecycle":
+            return None
+        rise = self.rise(total)
+        high = (
+            _half_cosine(progress / rise)
+            if progress < rise
+            else _half_cosine((1 - progress) / (1 - rise))
+        )
+        return 0.85 + 0.1 * high
+
+    def rise(self, total: int) -> float:
+        """The share of all steps that the warm-up takes; more than 1 where it does not end."""
+        if self.name == "onecycle" and self.warmup in ("0", "0%"):
+            return 0.3
+        return float(self.warmup[:-1]) / 100 if "%" in self.warmup else int(self.warmup) / total
+
+
+def _half_cosine(done: float) -> float:
+    """Half a cosine from 1 to 0."""
+    return 0.5 + 0.5 * math.cos(math.pi * done)
+
+
+def times_reduced(scores: list[float], patience: int, min_delta: float = 0.0) -> int:
+    """How many times `patience` + 1 validations in a row have not beaten the best one before.
+
+    As torch.optim.lr_scheduler.ReduceLROnPlateau counts.  scores: larger is better; one is better
+    if it is so by more than min_delta.
+    """
+    best, waited, times = -math.inf, 0, 0
+    for score in scores:
+        waited += 1
+        if score > best + min_delta:
+            best, waited = score, 0
+        elif waited > patience:
+            waited, times = 0, times + 1
+    return times
+
+
+def epochs_without_progress(scores: list[float], min_delta: float = 0.0) -> int:
+    """Validations since the last one that was better than all before by more than min_delta."""
+    best, waited = -math.inf, 0
+    for score in scores:
+        waited += 1
+        if score > best + min_delta:
+            best, waited = score, 0
+    return waited
