@@ -22,6 +22,15 @@ class OutsideError(UserError):
     status = 1
 
 
+@contextlib.contextmanager
+def error_context(what: str):
+    """Put what the caller knows, an option or a file, in front of a UserError from below."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{what}: {error}") from error
+
+
 def run_main(main, argv=None) -> int:
     """Call main(argv) and return the exit status; the known failures become one line each.
 

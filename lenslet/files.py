@@ -1,16 +1,18 @@
 """Where things are kept, and crash-safe writing: no file is half-written, or written by two."""
 
-import contextlib
 import os
+import platform
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
-except ImportError:  # Windows: two downloads of one set at once are then the user's to avoid
+except ImportError:  # Windows: two commands in one folder are then the user's to avoid
     fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"
+DATA = ROOT / "data"
 RECIPES = ROOT / "recipes"
 RESULTS = ROOT / "results"
 
@@ -51,13 +53,31 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-DATA = ROOT / "data"
+class Locked(Exception):
+    """Another process holds the lock: its words say which."""
 
 
-@contextlib.contextmanager
-def exclusive(folder: Path):
-    """One process at a time; the lock goes with the process that held it."""
-    with open(folder / ".lock", "w") as lock:
+def lock(folder: Path, wait: bool = False) -> IO:
+    """Lock a folder for this process, until the file that is returned is closed.
+
+    The system frees the lock of a process that ends, however it does: none is ever stale.  It is a
+    POSIX record lock, because the processes that decode photographs inherit any other kind, and
+    live on for seconds when the training process is killed.
+
+    Errors: Locked where another process holds it, unless this one is to wait.
+    """
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 (closing it frees the lock)
+    try:
         if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise Locked(holder) from None
+    except OSError:
+        pass  # a network disk without locks: nothing else can be asked there
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file

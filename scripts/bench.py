@@ -122,7 +122,7 @@ def trained(args, *words) -> dict:
     began = time.perf_counter()
     run_command("train.py", "--data", args.data, "--no-resume", *words)
     seconds = time.perf_counter() - began
-    run = run_folder.latest_weights().parent
+    run = run_folder.weights_path(None).parent
     header = read_header(run / "model.safetensors")
     run_command("test.py", *(["--tta"] if header["options"]["augment"] != "none" else []))
     report = json.loads((run / "report/metrics.json").read_text())
@@ -339,7 +339,7 @@ def bench_photos(args) -> dict:
 
 def bench_predict(args) -> dict:
     """predict.py by the newest run as a process: `import torch`, one picture and many, in turn."""
-    run = run_folder.latest_weights().parent
+    run = run_folder.weights_path(None).parent
     samples = sorted((run / "samples").glob("*.png"))
     if not samples:
         raise UserError(f"{run} has no samples: run `make test` first")

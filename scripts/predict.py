@@ -79,7 +79,7 @@ def predict(model, prepare, header: dict, files: list[str]):
 def main(argv=None) -> int:
     args = parse(build_parser(), argv)
     files = find(args.images)
-    model, prepare, header = load_model(args.weights or run_folder.latest_weights())
+    model, prepare, header = load_model(run_folder.weights_path(args.weights))
     classes = header["classes"]
     top = min(args.top, len(classes))
     rows = csv.writer(sys.stdout, lineterminator="\n")

@@ -46,7 +46,7 @@ def words_for(weights: Path, header: dict, args, config: Path) -> list:
 
 def main(argv=None) -> int:
     args = parse(build_parser(), argv)
-    weights = Path(args.weights) if args.weights else run_folder.latest_weights()
+    weights = run_folder.weights_path(args.weights)
     header = read_header(weights)
     if "digests" not in header:
         raise UserError(f"{weights}: written before digests were kept; nothing to compare with")

@@ -156,7 +156,7 @@ def report(args, weights: Path, header: dict, data: Data, split: str, rows, aver
 
 def main(argv=None):
     args = parse(build_parser(), argv)
-    weights = Path(args.weights) if args.weights else run_folder.latest_weights()
+    weights = run_folder.weights_path(args.weights)
     model, prepare, header = load_model(weights)
     # These take seconds to import, which mistakes need not wait for.
 

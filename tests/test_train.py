@@ -146,7 +146,7 @@ def test_a_finished_run_is_never_overwritten(pictures, tmp_path):
         words = ["--data", pictures, "--output", tmp_path / "run", *TINY, "--epochs", "1"]
         assert call(train.main, *words) == 0
         assert (lenslet.files.RUNS / "latest").resolve() == tmp_path / name
-        assert run_folder.latest_weights().resolve().parent == tmp_path / name
+        assert run_folder.weights_path(None).resolve().parent == tmp_path / name
 
 
 def test_what_tensorboard_shows(pictures, tmp_path):

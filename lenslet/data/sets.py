@@ -20,7 +20,7 @@ import torch
 from lenslet import files
 from lenslet.data import download as fetch
 from lenslet.errors import UserError, nearest
-from lenslet.files import atomic_write, exclusive
+from lenslet.files import atomic_write, lock
 
 
 def is_set(name: str) -> bool:
@@ -33,12 +33,6 @@ def is_set(name: str) -> bool:
             f"{', '.join(SETS)}, or give a folder of pictures"
         )
     return False
-
-
-try:
-    import fcntl
-except ImportError:  # Windows: two downloads of one set at once are then the user's to avoid
-    fcntl = None
 
 
 SPLITS = ("train", "test")
@@ -159,7 +153,7 @@ def ensure(name: str, source: str | None = None, patience: float = 30.0) -> Path
     if _is_complete(folder):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder):
+    with lock(folder, wait=True):
         if _is_complete(folder):  # another process was faster
             return folder
         if spec["kind"] == "digits":

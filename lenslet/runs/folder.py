@@ -10,7 +10,6 @@ import glob
 import itertools
 import json
 import os
-import platform
 from pathlib import Path
 
 from lenslet import files
@@ -58,16 +57,19 @@ def claim(folder: str | Path, compare, resume: bool = True) -> tuple[Path, Path 
         except OSError as error:
             reason = f"cannot be written ({error.strerror}); name another folder"
             raise UserError(f"--output {run}: {reason}") from error
-        if not _lock(run):
+        with contextlib.suppress(files.Locked):
+            LOCKS.append(files.lock(run))
             return run, None, notes
 
 
 def lock_unfinished(run: Path) -> tuple[Path, Path | None, list[str]]:
     """Lock an unfinished run, and find the checkpoint that it goes on from; as claim() returns."""
-    if holder := _lock(run):
+    try:
+        LOCKS.append(files.lock(run))
+    except files.Locked as holder:
         raise UserError(
             f"{run} is being trained by {holder}: wait for it, or begin another with --no-resume"
-        )
+        ) from None
     # What a crash left of files that were being written.
     for aside in [*run.glob(".*.*"), *run.glob("epochs/.*.*")]:
         if aside.suffix[1:].isdigit():
@@ -115,32 +117,6 @@ def _run(folder: str | Path, number: int) -> Path:
     return Path(folder) if number == 1 else Path(f"{folder}-{number}")
 
 
-def _lock(run: Path) -> str:
-    """Lock a run for this process; '' where that worked, otherwise who holds it.
-
-    The system frees the lock of a process that ends, however it does: none is ever stale.  It is a
-    POSIX record lock, because the processes that decode photographs inherit any other kind, and
-    live on for seconds when the training process is killed.
-    """
-    import fcntl  # which Windows does not have; predict.py runs there
-
-    file = open(run / ".lock", "a+")  # noqa: SIM115 (closing it would free the lock)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        return holder
-    except OSError:
-        pass  # a network disk without locks: nothing else can be asked there
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    LOCKS.append(file)
-    return ""
-
-
 def point_latest(run: Path) -> None:
     """Make runs/latest name this run; where that cannot be written, the run goes on without."""
     aside = files.RUNS / f".latest.{os.getpid()}"
@@ -151,9 +127,17 @@ def point_latest(run: Path) -> None:
         os.replace(aside, files.RUNS / "latest")
 
 
-def latest_weights() -> Path:
-    """The newest run's weights file.  Errors: UserError where nothing has been trained yet."""
-    path = files.RUNS / "latest" / "model.safetensors"
+def weights_path(named: str | None) -> Path:
+    """The weights file that a command uses: a file, a run folder's, or the newest run's (None).
+
+    Errors: UserError where nothing has been trained yet, or the folder has no weights.
+    """
+    path = Path(named) if named else files.RUNS / "latest"
+    if named and not path.is_dir():
+        return path
+    path = path / "model.safetensors"
     if not path.is_file():
-        raise UserError(f"no weights in {files.RUNS}: run `make train`, or give --weights FILE")
+        if named:
+            raise UserError(f"{named}: no model.safetensors in this folder; name a run or a file")
+        raise UserError(f"no weights in {files.RUNS}: train first (`make train`), or name a file")
     return path

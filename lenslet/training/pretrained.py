@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lenslet import files
 from lenslet.data import download as fetch
 from lenslet.errors import OutsideError, UserError, nearest
-from lenslet.files import exclusive
+from lenslet.files import lock
 from lenslet.training.net import is_below
 from lenslet.weights import FORMAT, read_weights_file
 
@@ -114,7 +114,7 @@ def _from_url(url: str) -> Path:
     """The file that a URL names, fetched once."""
     folder = files.DATA / "weights"
     folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder):  # two trainings would append to the same part
+    with lock(folder, wait=True):  # two trainings would append to the same part
         return fetch.download_file(url, folder)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import io
 import json
+import multiprocessing
 import pickle
 import re
 import socket
@@ -540,13 +541,15 @@ def test_path_traversal(tmp_path, monkeypatch):
 
 
 def test_two_at_once(serve):
-    """Two calls at once fetch once and both end with the whole set."""
+    """Two processes at once fetch once and both end with the whole set."""
     (server,) = serve("well")
-    threads = [threading.Thread(target=sets.ensure, args=["tiny"]) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=sets.ensure, args=["tiny"]) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
     check(lenslet.files.DATA / "tiny")
     assert len(server.ranges) == 2  # the search and the transfer
 

@@ -18,10 +18,10 @@ from lenslet.runs.folder import (
     claim,
     find,
     is_finished,
-    latest_weights,
     lock_unfinished,
     point_latest,
     resume,
+    weights_path,
 )
 
 
@@ -412,12 +412,12 @@ def test_decoding_processes_do_not_keep_the_lock(tmp_path, method):
 def test_latest(tmp_path):
     """runs/latest names the newest run, wherever it lies; before the first there is a remedy."""
     with pytest.raises(UserError, match="make train"):
-        latest_weights()
+        weights_path(None)
     for run in (files.RUNS / "a", tmp_path / "elsewhere" / "b", files.RUNS / "a"):
         run.mkdir(parents=True, exist_ok=True)
         (run / "model.safetensors").touch()
         point_latest(run)
-        assert latest_weights().resolve() == run / "model.safetensors"
+        assert weights_path(None).resolve() == run / "model.safetensors"
     assert sorted(os.listdir(files.RUNS)) == ["a", "latest"]
 
 
@@ -429,7 +429,7 @@ def test_latest_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     point_latest(run.relative_to(tmp_path / "here"))
     monkeypatch.chdir("/")
-    assert latest_weights().resolve() == run / "model.safetensors"
+    assert weights_path(None).resolve() == run / "model.safetensors"
 
 
 def test_latest_where_runs_is_a_link(tmp_path, monkeypatch):
@@ -442,7 +442,7 @@ def test_latest_where_runs_is_a_link(tmp_path, monkeypatch):
         run.mkdir(parents=True)
         (run / "model.safetensors").touch()
         point_latest(run)
-        assert latest_weights().resolve() == run.resolve() / "model.safetensors"
+        assert weights_path(None).resolve() == run.resolve() / "model.safetensors"
 
 
 def test_the_weights_of_the_latest_are_gone(tmp_path):
@@ -454,4 +454,4 @@ def test_the_weights_of_the_latest_are_gone(tmp_path):
     (run / "model.safetensors").unlink()
     run.rmdir()
     with pytest.raises(UserError, match="make train"):
-        latest_weights()
+        weights_path(None)
