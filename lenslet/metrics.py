@@ -24,35 +24,39 @@ def evaluate(
     interrupts: Interrupts | None = None,
     views=lambda images: [(1.0, images)],
 ) -> Tensor | None:
-    """One row per picture of a split, float64 [N, 6] as COLUMNS says, in the split's order.
+    """One row per image of a split, float64 [N, 6] as COLUMNS says, in the split's order.
 
-    Every process gets all rows, however the pictures were divided: each picture counts once.
+    Every process gets all rows, however the images were divided: each image counts once.
     in_top5 is 0 or 1 (with fewer than 5 classes: among all of them); probability is that of the
     predicted class; loss is the cross-entropy.  Leaves the model in evaluation mode.
 
-    views: what is shown of a batch, whose probabilities are averaged; see transforms.views().
-    None where a signal, which `interrupts` waits for, asks any process to stop.
+    views: of a batch of images, what the network is shown: pairs of weight and images, over which
+    the probabilities are averaged; see augment.tta_views().
+    Returns None where a signal, which `interrupts` waits for, asks any process to stop.
+    Errors: UnreadableImage for a file gone or damaged.
     """
     model.eval()
     parts = [torch.empty(0, len(COLUMNS), device=accelerator.device)]
-    for images, labels, index in on_device(loader, accelerator.device):
+    for batch in on_device(loader, accelerator.device):
         if interrupts and interrupts.asked:
             break
         with accelerator.autocast():
             logs = [
-                math.log(share) + model(prepare(view)).float().log_softmax(1)
-                for share, view in views(images)
+                math.log(weight) + model(prepare(view)).float().log_softmax(1)
+                for weight, view in views(batch.images)
             ]
         logs = torch.stack(logs).logsumexp(0)  # of the mean probabilities, [B, classes]
         probability, predicted = logs.max(1)
-        in_top5 = (logs.topk(min(5, logs.shape[1])).indices == labels[:, None]).any(1)
-        loss = F.nll_loss(logs, labels, reduction="none")
-        # float32 holds an index exactly up to 16.7 million pictures; nothing here waits for a GPU.
-        parts.append(torch.stack([index, labels, predicted, in_top5, probability.exp(), loss], 1))
+        in_top5 = (logs.topk(min(5, logs.shape[1])).indices == batch.labels[:, None]).any(1)
+        loss = F.nll_loss(logs, batch.labels, reduction="none")
+        # float32 holds an index exactly up to 16.7 million images; nothing here waits for a GPU.
+        columns = [batch.index, batch.labels, predicted, in_top5, probability.exp(), loss]
+        parts.append(torch.stack(columns, 1))
     if interrupts:
         interrupts.agree(wait=True)
         if interrupts.stop:
             return None
+    # Processes may have different numbers of rows; what pads them has the index -1.
     rows = accelerator.pad_across_processes(torch.cat(parts), pad_index=-1)
     rows = accelerator.gather(rows).cpu().double()
     rows = rows[rows[:, 0] >= 0]
@@ -63,9 +67,9 @@ def evaluate(
 
 
 def evaluation_batch(batch_size: int, accumulate: int, world: int, in_memory: bool) -> int:
-    """Pictures to evaluate at a time, over all processes, after training with these settings.
+    """Images to evaluate at a time, over all processes, after training with these settings.
 
-    Without gradients four times as many fit; small pictures are faster in batches of 256 or more.
+    Without gradients four times as many fit; small images are faster in batches of 256 or more.
     """
     return max(4 * (batch_size // accumulate), world, 256 if in_memory else 1)
 
@@ -73,16 +77,16 @@ def evaluation_batch(batch_size: int, accumulate: int, world: int, in_memory: bo
 def figures(rows: Tensor, classes: int) -> dict:
     """Every figure of an evaluation, as fractions in 0..1; a class never met or predicted has 0.
 
-    rows [N, 6] from evaluate().  confusion[true][predicted] counts pictures; the macro figures are
+    rows [N, 6] from evaluate().  confusion[true][predicted] counts images; the macro figures are
     means over all classes.
     """
     _, label, predicted, in_top5, _, loss = rows.unbind(1)
     cells = (label * classes + predicted).long()
     confusion = cells.bincount(minlength=classes**2).view(classes, classes)
-    hits, actual, claimed = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    precision = hits / claimed.clamp(min=1)
+    hits, actual, guessed = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    precision = hits / guessed.clamp(min=1)
     recall = hits / actual.clamp(min=1)
-    f1 = 2 * hits / (actual + claimed).clamp(min=1)
+    f1 = 2 * hits / (actual + guessed).clamp(min=1)
     return {
         "images": len(rows),
         "loss": loss.mean().item(),
@@ -102,7 +106,7 @@ def figures(rows: Tensor, classes: int) -> dict:
 
 
 def score(record: dict, metric: str | None) -> float:
-    """By what a validated epoch is judged, the larger the better; record: as metrics.json has it.
+    """What the best epoch has the largest of; record: an epoch's, as metrics.json has it.
 
     metric: accuracy (None), f1 (the mean over all classes) or loss.
     """

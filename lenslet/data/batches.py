@@ -1,11 +1,21 @@
 """A data set in memory or in files, and its uint8 batches: the same on any number of processes.
 
-Nothing random depends on a worker, a process or a global generator: it is a function of the seed,
-the epoch and the image's index.
+    data = load("digits", ["train", "val"])             # lenslet/data/load.py
+    loader = data.loader("train", 512, seed=0)          # this process's part of every batch
+    loader.sampler.epoch = 3                            # each epoch has an order of its own
+    for batch in on_device(loader, device):
+        batch.images, batch.labels                      # uint8 [B, C, H, W], int64 [B]
+
+Small images are kept in memory; photographs stay files, which worker processes decode.  Both come
+from the same DataLoader.  Nothing random depends on a worker, a process or a global generator: it
+is a function of the seed, the epoch and the image's index, so a run that is resumed, or that runs
+on other machines, sees the same images.  Normalising and augmenting come later, on the device.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +27,25 @@ from lenslet.data.decode import UnreadableImage, read_image
 from lenslet.distributed.determinism import epoch_generator, uniform
 from lenslet.distributed.interrupts import ignore_signals
 
-SMALL = 64  # pixels: pictures with no longer side are kept in memory
+SMALL = 64  # pixels: images with no longer side are kept in memory
+
+
+class Batch(NamedTuple):
+    """One process's part of a batch: B images of the `size` that all processes have together."""
+
+    images: Tensor  # uint8 [B, C, H, W]
+    labels: Tensor  # int64 [B], 0..classes-1
+    index: Tensor  # int64 [B]: places in the split, which key all that is drawn for an image
+    size: int  # images of the whole batch, over all processes
+    # What this process multiplies its summed loss by: world / size, so that every image counts the
+    # same whichever process has it (DistributedDataParallel takes the mean over the processes).
+    # 0.0 where its images repeat another process's, see BatchSampler.
+    share: float
 
 
 @dataclass
 class Split:
-    """Labelled pictures, in memory or as files."""
+    """Labelled images, in memory or as files."""
 
     images: Tensor | list[Path]  # uint8 [M, C, H, W], which splits may share, or N files
     labels: Tensor  # int64 [N], 0..classes-1
@@ -41,144 +64,167 @@ class Split:
         return isinstance(self.images, Tensor)
 
     def pixels(self, index: Tensor) -> Tensor:
-        """Pictures in memory, uint8 [B, C, H, W].  index int64 [B], 0..N-1."""
+        """Images in memory, uint8 [B, C, H, W].  index int64 [B], 0..N-1."""
         return self.images[self.rows[index]]
 
 
 @dataclass
 class Data:
-    """An opened data set: its splits, and how its pictures are read."""
+    """An opened data set: its splits, and how its images are read."""
 
-    name: str  # as --data gives it
+    name: str  # of a named set, or the path of a folder
     classes: list[str]
     channels: int
-    image_size: tuple[int, int]  # height and width that pictures are read at
-    crop: float  # share of a photograph that a centre crop keeps
+    image_size: tuple[int, int]  # height and width that images are read at
+    crop: float  # share of a photograph's side that a centre crop keeps
     splits: dict[str, Split]
     sha256: str  # of the sources, or of a folder's file names and sizes
     notes: list[str] = field(default_factory=list)  # what the user should know, a line each
 
     def to(self, device: torch.device) -> None:
-        """Move small pictures to a GPU where they take less than half of its free memory.
+        """Move small images to a GPU where they take less than half of its free memory.
 
         Batches of them are then made there, and nothing is copied in training.
         """
-        moved = {}  # splits share their images
-        for part in self.splits.values():
-            key = id(part.images)
-            if device.type == "cuda" and part.in_memory:
-                if key not in moved and part.images.nbytes < torch.cuda.mem_get_info()[0] / 2:
-                    moved[key] = part.images.to(device)
+        moved = {}  # splits share their images: one copy serves them all
+        for split in self.splits.values():
+            key = id(split.images)
+            if device.type == "cuda" and split.in_memory:
+                if key not in moved and split.images.nbytes < torch.cuda.mem_get_info()[0] / 2:
+                    moved[key] = split.images.to(device)
                 if key in moved:
-                    part.images = moved[key]
-                    part.labels, part.rows = part.labels.to(device), part.rows.to(device)
+                    split.images = moved[key]
+                    split.labels, split.rows = split.labels.to(device), split.rows.to(device)
 
     def loader(
         self, split, batch_size, *, seed=None, augment="none", workers=0, rank=0, world=1
     ) -> DataLoader:
-        """Batches of (uint8 [B, C, H, W], int64 labels [B], int64 index [B]) for one process.
+        """One process's parts of the batches of a split.
 
-        batch_size counts over all processes.  seed None: every picture once, in order; otherwise
-        shuffled anew for every epoch, see Batches.
+        batch_size counts over all processes.  seed None: every image once, in order; otherwise
+        shuffled anew for every epoch, see BatchSampler.  augment: a key of AUGMENTATIONS, which
+        says whether photographs are cropped at random; all else that it does comes later.
         """
-        part = self.splits[split]
-        workers = 0 if part.in_memory else workers
-        draw_seed = seed if AUGMENTATIONS[augment][0] else None
+        chosen = self.splits[split]
+        # Indexing a tensor is faster than handing its rows from one process to another.
+        workers = 0 if chosen.in_memory else workers
+        crop_seed = seed if AUGMENTATIONS[augment][0] else None
         return DataLoader(
-            ImageBatches(part, self, draw_seed),
-            batch_size=None,  # the sampler names whole batches
-            sampler=BatchSampler(len(part), batch_size, seed, rank, world),
+            ImageBatches(chosen, self, crop_seed),
+            batch_size=None,  # the sampler names whole batches, and nothing is to be collated
+            sampler=BatchSampler(len(chosen), batch_size, seed, rank, world),
             num_workers=workers,
             persistent_workers=workers > 0,
-            worker_init_fn=ignore_signals,
-            pin_memory=torch.cuda.is_available() and part.labels.device.type == "cpu",
+            worker_init_fn=ignore_signals,  # Ctrl-C reaches them too; the main process decides
+            # Pinned memory lets the copy to a GPU overlap with what it computes.
+            pin_memory=torch.cuda.is_available() and chosen.labels.device.type == "cpu",
             generator=torch.Generator(),  # every iter() draws from it: leave the global one alone
         )
 
+    def batch(self, split: str, rows: list[int]) -> Batch:
+        """These images of a split, read as for evaluation, in this order.
+
+        Errors: UnreadableImage.
+        """
+        return ImageBatches(self.splits[split], self).read(0, rows, len(rows), 1 / len(rows))
+
 
 class ImageBatches(Dataset):
-    """Whole uint8 batches of a split, for the (epoch, indices) that Batches names."""
+    """Whole batches of a split: what is looked up is not an index, but what BatchSampler yields."""
 
-    def __init__(self, split: Split, data: Data, draw_seed: int | None = None):
-        """draw_seed: crop photographs at random by it; None: in the centre."""
-        self.split, self.draw_seed = split, draw_seed
+    def __init__(self, split: Split, data: Data, crop_seed: int | None = None):
+        """crop_seed: crop photographs at random by it; None: in the centre."""
+        self.split, self.crop_seed = split, crop_seed
         self.reading = data.channels, data.image_size, data.crop
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: tuple[int, list[int]]):
-        epoch, rows = key
-        index = torch.tensor(rows).to(self.split.labels.device, non_blocking=True)
-        labels = self.split.labels[index]
-        if self.split.in_memory:
-            return self.split.pixels(index), labels, index
-        draws = [None] * len(rows)
-        if self.draw_seed is not None:
-            draws = uniform(self.draw_seed, epoch, index, 4).tolist()
+    def __getitem__(self, key: tuple[int, list[int], int, float]) -> Batch | UnreadableImage:
+        # An error that a worker raises reaches the user as the worker's traceback, for DataLoader
+        # makes that its message.  So it is handed over like a batch, and on_device() raises it.
         try:
-            pixels = [
-                read_image(self.split.images[i], *self.reading, draw)
-                for i, draw in zip(rows, draws, strict=True)
-            ]
+            return self.read(*key)
         except UnreadableImage as error:
-            return error  # raised by on_device: a worker's own would carry its traceback along
-        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), labels, index
+            return error
+
+    def read(self, epoch: int, rows: list[int], size: int, share: float) -> Batch:
+        """The images of these rows.  Errors: UnreadableImage for a file gone or damaged."""
+        # Where the images are, which may be the GPU: indexing there copies nothing.
+        index = torch.tensor(rows).to(self.split.labels.device, non_blocking=True)
+        if self.split.in_memory:
+            images = self.split.pixels(index)
+        else:
+            images = self._decode(epoch, rows, index)
+        return Batch(images, self.split.labels[index], index, size, share)
+
+    def _decode(self, epoch: int, rows: list[int], index: Tensor) -> Tensor:
+        """Photographs as uint8 [B, C, H, W], cropped here, where all their pixels still are."""
+        draws = [None] * len(rows)
+        if self.crop_seed is not None:
+            draws = uniform(self.crop_seed, epoch, index, 4).tolist()
+        pixels = [
+            read_image(self.split.images[i], *self.reading, draw)
+            for i, draw in zip(rows, draws, strict=True)
+        ]
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 
 class BatchSampler(Sampler):
-    """The part of every batch that is one process's: (epoch, [index, …]).
+    """One process's part of every batch: (epoch, rows of the split, size, share), as Batch has it.
 
-    A batch holds the same pictures in the same order on any number of processes.  Set `epoch`
-    before iterating, and `start` to begin with a later batch than the first; with a seed every
-    epoch has an order of its own.
+    A batch holds the same images on any number of processes: process k of n has every n-th image
+    from the k-th on.  Set `epoch` before iterating, and `start` to begin with a later batch than
+    the first; with a seed every epoch has an order of its own.
 
-    Batch norm cannot train on one picture.  So while training, a short last batch is shared by as
-    many processes as have two for each; the others repeat two of its pictures, which do not count.
-    A last batch of one picture is dropped.
+    Batch norm cannot train on one image.  So while training, a short last batch is shared by as
+    many processes as have two images each; the others repeat two of its images, which do not
+    count, because every process must take part in every step.  A last batch of one is dropped.
     """
 
     def __init__(self, count, batch_size, seed=None, rank=0, world=1):
-        self.total = self.count = count
-        self.batch_size, self.seed = batch_size, seed
+        self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world = rank, world
         self.epoch = self.start = 0
-        self.least = max(1, min(2, batch_size // world))  # pictures to a process
-        if seed is not None and count % batch_size == 1 and count > 1:
-            self.count -= 1
+        self.least = max(1, min(2, batch_size // world))  # images to a process, while training
+        # One image is left out, another one in every epoch.
+        drop = seed is not None and count % batch_size == 1 and count > 1
+        self.used = count - drop
 
     def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
+        return -(-self.used // self.batch_size)
 
-    def size(self, step: int) -> int:
-        """Pictures in batch `step` of an epoch, over all processes."""
-        return min(self.batch_size, self.count - step * self.batch_size)
-
-    def sharing(self, size: int) -> int:
-        """How many processes, the first ones, have a part of their own in a batch of this size."""
-        return max(1, min(self.world, size // self.least)) if self.seed is not None else self.world
-
-    def counts(self, step: int) -> bool:
-        """Whether this process's part of batch `step` is its own, and not a repetition."""
-        return self.rank < self.sharing(self.size(step))
-
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, list[int], int, float]]:
         order = torch.arange(self.count)
         if self.seed is not None:
             generator = epoch_generator(self.seed, self.epoch)
-            order = torch.randperm(self.total, generator=generator)[: self.count]
-        for batch in order.split(self.batch_size)[self.start :]:
-            sharing = self.sharing(len(batch))
-            mine = batch[self.rank :: sharing] if self.rank < sharing else batch[: self.least]
-            if len(mine):
-                yield self.epoch, mine.tolist()
+            order = torch.randperm(self.count, generator=generator)
+        for batch in order[: self.used].split(self.batch_size)[self.start :]:
+            size, sharing = len(batch), self.world
+            if self.seed is not None:  # the first processes, two images each
+                sharing = max(1, min(self.world, size // self.least))
+            counts = self.rank < sharing
+            rows = batch[self.rank :: sharing] if counts else batch[: self.least]
+            if len(rows):  # evaluating, the last batch may have none for this process
+                yield self.epoch, rows.tolist(), size, counts * self.world / size
 
 
-def on_device(loader: DataLoader, device: torch.device):
-    """The loader's batches on the device.  Errors: UnreadableImage for a file gone or damaged."""
+def on_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The loader's batches, on the device.  Errors: UnreadableImage for a file gone or damaged."""
+    # A copy to the GPU need not be waited for: what computes with it there comes after it.  A copy
+    # to the CPU must be, for nothing orders it before the read.
+    non_blocking = torch.device(device).type != "cpu"
     for batch in loader:
-        if isinstance(batch, Exception):
+        if isinstance(batch, UnreadableImage):
             raise batch
-        # Towards the CPU nothing would wait for the copy.
-        wait = torch.device(device).type == "cpu"
-        yield tuple(part.to(device, non_blocking=not wait) for part in batch)
+        images, labels, index = (part.to(device, non_blocking=non_blocking) for part in batch[:3])
+        yield batch._replace(images=images, labels=labels, index=index)
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """At most `most` of 0..count-1, in order and evenly spaced, the first and the last included.
+
+    Truncated, not rounded: the whitening layer of FastNet is computed from such a sample, so other
+    rows would change the weights of every run.
+    """
+    return torch.linspace(0, count - 1, min(most, count)).long().tolist()
