@@ -1,0 +1,154 @@
+"""What test.py reports of an evaluation: its table, report/, samples/ and TensorBoard's pages."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from lenslet.data.batches import Data, evenly_spaced
+from lenslet.data.decode import read_image
+from lenslet.files import atomic_write
+from lenslet.grid import draw_grid, encode_png
+
+LEGIBLE = 20  # classes: more have no room for names and counts in a picture of the confusion matrix
+
+
+def write_report(
+    folder: Path, facts: dict, data: Data, split: str, rows: Tensor, result: dict
+) -> None:
+    """Write metrics.json, predictions.csv, predictions.png and TensorBoard's events into a folder.
+
+    facts: the weights' file and epoch; rows [N, 6] from evaluate(); result: figures(rows).
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    classes = data.classes
+    metrics = {**facts, "data": data.name, "split": split, "classes": classes, **result}
+    atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False))
+    names = data.splits[split].names
+    atomic_write(folder / "predictions.csv", predictions_csv(rows, names, classes))
+
+    # Images from the whole split, the captions of mistakes in red.
+    shown = evenly_spaced(len(rows), 32)
+    predicted = rows[shown, 2].long()
+    batch = data.batch(split, shown)
+    pairs = zip(batch.labels.tolist(), predicted.tolist(), strict=True)
+    captions = [f"{classes[label]}\n-> {classes[guess]}" for label, guess in pairs]
+    grid = draw_grid(batch.images, captions, (batch.labels != predicted).tolist())
+    atomic_write(folder / "predictions.png", encode_png(grid))
+
+    epoch, confusion = facts["epoch"], draw_confusion(torch.tensor(result["confusion"]), classes)
+    with SummaryWriter(folder) as writer:
+        writer.add_image(f"{split}/confusion", confusion, epoch)
+        writer.add_image(f"{split}/predictions", grid, epoch)
+        for key in ("loss", "top1", "top5", "macro_precision", "macro_recall", "macro_f1"):
+            writer.add_scalar(f"{split}/{key}", result[key], epoch)
+
+
+def write_samples(folder: Path, data: Data, split: str) -> list[Path]:
+    """Write ten images of a split in full size as folder/<k>-<class>.png, for predict.py."""
+    part, written = data.splits[split], []
+    for old in folder.glob("*.png"):
+        old.unlink()
+    for k, i in enumerate(evenly_spaced(len(part), 10)):
+        if part.in_memory:
+            image = part.pixels(torch.tensor([i]))[0]
+        else:
+            image = torch.from_numpy(read_image(part.images[i], data.channels)).permute(2, 0, 1)
+        name = data.classes[part.labels[i]].replace("/", "-")
+        written.append(folder / f"{k}-{name}.png")
+        atomic_write(written[-1], encode_png(image))
+    return written
+
+
+def predictions_csv(rows: Tensor, names: list[str], classes: list[str]) -> str:
+    """A line per image: its file or index, its label, the prediction and its probability."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "label", "prediction", "probability"])
+    for index, label, predicted, _, probability, _ in rows.tolist():
+        writer.writerow(
+            [names[int(index)], classes[int(label)], classes[int(predicted)], f"{probability:.6f}"]
+        )
+    return text.getvalue()
+
+
+def figures_table(result: dict, classes: list[str]) -> str:
+    """The figures of every class and of all, to read."""
+    width = max(8, *(len(name) for name in classes))
+    lines = [f"{'class':{width}}  images  accuracy  precision  recall      F1"]
+    for name, row in zip(classes, result["per_class"], strict=True):
+        lines.append(
+            f"{name:{width}}  {row['images']:6,}  {row['accuracy']:8.2%}  {row['precision']:9.2%}  "
+            f"{row['recall']:6.2%}  {row['f1']:6.2%}"
+        )
+    lines.append(
+        f"{'all':{width}}  {result['images']:6,}  {result['top1']:8.2%}  "
+        f"{result['macro_precision']:9.2%}  {result['macro_recall']:6.2%}  "
+        f"{result['macro_f1']:6.2%}   (macro means)"
+    )
+    return "\n".join(lines)
+
+
+def summary(result: dict, split: str) -> str:
+    """The figures of a whole split in a line, and those of --tta in another."""
+    lines = [
+        f"{split} accuracy {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss "
+        f"{result['loss']:.4f}, {result['images']:,} pictures"
+    ]
+    if same := result.get("tta"):
+        lines.append(
+            f"averaged over shifted and mirrored copies (--tta): accuracy {same['top1']:.2%}, "
+            f"top-5 {same['top5']:.2%}, loss {same['loss']:.4f}"
+        )
+    return "\n".join(lines)
+
+
+def draw_confusion(counts: Tensor, classes: list[str]) -> Tensor:
+    """The confusion matrix as a picture, uint8 [3, H, W]: hits blue, mistakes red.
+
+    counts int64 [classes, classes]: images by true class (rows) and predicted class (columns).  A
+    cell is the darker the larger its share of the row, by its square root, so that one mistake in a
+    hundred shows.  Up to LEGIBLE classes have their names, and their counts in the cells.
+    """
+    count = len(classes)
+    share = (counts / counts.sum(1, keepdim=True).clamp(min=1)).sqrt().numpy()[..., None]
+    full = np.where(np.eye(count, dtype=bool)[..., None], (8, 69, 148), (165, 15, 21))
+    cells = Image.fromarray((255 + share * (full - 255)).round().astype(np.uint8))
+    side = 48 if count <= LEGIBLE else max(1, 800 // count)
+    font, line = ImageFont.load_default(12), 18
+    names = [_shortened(name, font, 140) for name in classes] if count <= LEGIBLE else []
+    margin = 2 * line + max((round(font.getlength(name)) for name in names), default=0)
+    sheet = Image.new("RGB", (margin + count * side + line,) * 2, "white")
+    sheet.paste(cells.resize((count * side,) * 2, Image.Resampling.NEAREST), (margin, margin))
+
+    # Pillow writes from left to right only: the sheet is turned for the names of the columns.
+    draw, middle = ImageDraw.Draw(sheet), margin + count * side / 2
+    draw.rectangle((margin - 1, margin - 1, *(margin + count * side,) * 2), outline="silver")
+    draw.text((middle, line / 2), "predicted class", "black", font, anchor="mm")
+    for i, name in enumerate(names):
+        at = margin + (i + 0.5) * side
+        draw.text((margin - 6, at), name, "black", font, anchor="rm")
+        for j in range(count):
+            colour = "white" if share[i, j] > 0.6 else "black"
+            text = f"{counts[i, j]}" if counts[i, j] else ""
+            draw.text((margin + (j + 0.5) * side, at), text, colour, font, anchor="mm")
+    sheet = sheet.rotate(-90)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((sheet.width - middle, line / 2), "true class", "black", font, anchor="mm")
+    for i, name in enumerate(names):
+        at = margin + (i + 0.5) * side
+        draw.text((sheet.width - margin + 6, at), name, "black", font, anchor="lm")
+    return torch.from_numpy(np.array(sheet.rotate(90))).permute(2, 0, 1)
+
+
+def _shortened(name: str, font, width: int) -> str:
+    """A name cut to so many pixels."""
+    while font.getlength(name) > width:
+        name = name[:-2] + "…"
+    return name
