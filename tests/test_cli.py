@@ -1,9 +1,6 @@
 """Options mean the same from a file and from the command line, and mistakes end in one line."""
 
 import argparse
-import hashlib
-import json
-import statistics
 import subprocess
 import sys
 
@@ -280,36 +277,3 @@ def test_command(monkeypatch):
     assert words[1:] == ["scripts/test.py", "--weights", "'runs/my", "run/m'"]
     monkeypatch.chdir("/")
     assert str(files.ROOT / "scripts" / "test.py").lstrip("/") in cli.command("test.py")
-
-
-def per_cent(values):
-    """Mean ± deviation of fractions, as the README has it."""
-    if len(values) == 1:
-        return f"{100 * values[0]:.1f}"
-    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
-
-
-def test_the_readme_tells_the_stored_results():
-    """Every figure of the README's tables is computed from results/results.json."""
-    stored = json.loads((files.RESULTS / "results.json").read_text())
-    readme = (files.ROOT / "README.md").read_text()
-    for result in stored["results"]:
-        assert (files.RECIPES / f"{result['recipe']}.yaml").is_file()
-        accuracy = f"{per_cent(result['accuracy'])} ({len(result['accuracy'])})"
-        averaged = per_cent(result["tta_accuracy"]) if "tta_accuracy" in result else ""
-        seconds = f"{statistics.mean(result['train_seconds']):.0f} s"
-        cells = [result["title"], accuracy, averaged, seconds, f"`{result['command']}`"]
-        row = f"| {' | '.join(cells)} |"
-        assert row in readme, row
-    for figure in stored["comparisons"]:
-        row = f"| {figure['title']} | {figure['times']:.2f} | `{figure['command']}` |"
-        assert row in readme, row
-    for figure in stored["toolbox"]:
-        cells = [figure["title"], per_cent(figure["without"]), per_cent(figure["with"])]
-        assert f"| {' | '.join(cells)} |" in readme, cells
-
-
-def test_the_plot_is_of_the_stored_results():
-    """The README's plot was drawn from the results as they are; else run scripts/plot.py."""
-    stored = hashlib.sha256((files.RESULTS / "results.json").read_bytes()).hexdigest()
-    assert stored in (files.RESULTS / "accuracy.svg").read_text()
