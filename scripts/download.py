@@ -11,55 +11,68 @@ is kept, and the next call goes on from there.
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
-from PIL import Image
-from safetensors import safe_open
-from tqdm import tqdm
-
 import _root  # noqa: F401
-from lenslet.cli import create_parser
-from lenslet.data import sets
+from lenslet.cli import Parser, create_parser, parse
 from lenslet.errors import UserError, run_main
 
 
-def main(argv=None):
+def build_parser() -> Parser:
     parser = create_parser(__doc__)
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help="data sets to fetch")
     add("--source", metavar="URL-or-file-or-folder", help="of the archives (default: public ones)")
     add("--export", metavar="FOLDER", type=Path, help="write FOLDER/{train,test}/<class>/*.png")
-    args = parser.parse_args(argv)
-    if len(args.names) > 1 and (args.source or args.export):
-        raise UserError("--source and --export go with one data set")
+    return parser
+
+
+def main(argv=None):
+    args = parse(build_parser(), argv)
     target = args.export
+    if len(args.names) > 1 and (args.source or target):
+        raise UserError("--source and --export go with one data set")
     if target and target.exists() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"--export {target}: exists and is not an empty folder")
+
+    # torch takes a second or two to import, which --help and a misspelt option need not wait for.
+    from lenslet.data import sets
+
     for name in args.names:
         sets.lookup(name)  # a misspelt name ends the command before any download
     for name in args.names:
         folder = sets.ensure(name, args.source)
         if target:
             export(folder, target)
-        counts = {}
-        for split in sets.SPLITS:
-            with safe_open(folder / f"{split}.safetensors", "pt") as file:
-                counts[split], *shape = file.get_slice("images").get_shape()
+        (train, *shape), (test, *_) = (stored_shape(folder, split) for split in ("train", "test"))
         print(
-            f"{name} is in {target or folder}: {counts['train']} training and {counts['test']} "
-            f"test pictures of {'×'.join(map(str, shape))}, "
-            f"{len(sets.SETS[name]['classes'])} classes; next: make train DATA={target or name}"
+            f"{name} is in {target or folder}: {train} training and {test} test pictures of "
+            f"{'×'.join(map(str, shape))}, {len(sets.SETS[name]['classes'])} classes; "
+            f"next: make train DATA={shlex.quote(str(target or name))}"
         )
+
+
+def stored_shape(folder: Path, split: str) -> list[int]:
+    """[N, C, H, W] of a set's images, from the head of its file."""
+    from safetensors import safe_open
+
+    with safe_open(folder / f"{split}.safetensors", "pt") as file:
+        return file.get_slice("images").get_shape()
 
 
 def export(folder: Path, target: Path) -> None:
     """Write the set in folder as target/{train,test}/<class>/<index>.png, all or nothing."""
+    from PIL import Image
+    from safetensors import safe_open
+    from tqdm import tqdm
+
     target = target.resolve()
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        for split in sets.SPLITS:
+        for split in ("train", "test"):
             with safe_open(folder / f"{split}.safetensors", "pt") as file:
                 images, labels = file.get_tensor("images"), file.get_tensor("labels")
                 names = json.loads(file.metadata()["classes"])

@@ -11,19 +11,15 @@ import csv
 import glob
 import json
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import torch
 
 import _root  # noqa: F401
 from lenslet.cli import Parser, add_weights_option, create_parser, number, parse
-from lenslet.data.decode import UnreadableImage, read_image
-from lenslet.data.layout import find_images
 from lenslet.errors import UserError, run_main
-from lenslet.runs import folder as run_folder
-from model import load_model
 
-BATCH = 64  # pictures
+BATCH = 64  # images
 
 
 def build_parser() -> Parser:
@@ -37,11 +33,30 @@ def build_parser() -> Parser:
     return parser
 
 
+def main(argv=None) -> int:
+    args = parse(build_parser(), argv)
+
+    # These take a second or two to import, which --help and a misspelt option need not wait for;
+    # each function below imports what only it needs.
+    from lenslet.runs.folder import weights_path
+    from model import load_model
+
+    files, weights = find(args.images), weights_path(args.weights)
+    model, prepare, header = load_model(weights)
+    if not args.weights:
+        print(f"using {describe(weights, header)}", file=sys.stderr)
+    top = min(args.top, len(header["classes"]))
+    answered = write(predict(model, prepare, header, files, top), args.format, top)
+    return 0 if answered == len(files) else 1
+
+
 def find(words: list[str]) -> list[str]:
     """The picture files that the command line means, in its order.
 
     Errors: UserError for a folder or a pattern with no picture in it.
     """
+    from lenslet.data.layout import find_images
+
     found = []
     for word in words:
         if Path(word).is_dir():
@@ -56,57 +71,65 @@ def find(words: list[str]) -> list[str]:
     return found
 
 
-@torch.inference_mode()
-def predict(model, prepare, header: dict, files: list[str]):
-    """(file, probabilities [classes] or None where it cannot be read), in order, a batch a time."""
+def describe(weights: Path, header: dict) -> str:
+    """Which weights these are: "runs/digits-lenet/… (digits, lenet, trained 3 hours ago)"."""
+    path = weights.resolve()  # runs/latest as the run it is
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    age = max(0, time.time() - path.stat().st_mtime)
+    units = [("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)]
+    unit, length = next((u for u in units if age >= u[1]), units[-1])
+    count = int(age // length)
+    ago = f"{count} {unit}{'' if count == 1 else 's'} ago"
+    return f"{path} ({Path(header['data']).name}, {header['model']}, trained {ago})"
+
+
+def predict(model, prepare, header: dict, files: list[str], top: int) -> Iterator[tuple[str, list]]:
+    """(file, its `top` likeliest classes as (name, probability)), in order, a batch at a time.
+
+    What cannot be read is named on standard error and left out.
+    """
+    import torch
+
+    from lenslet.data.decode import UnreadableImage, read_image
+
+    size, classes = tuple(header["image_size"]), header["classes"]
     for start in range(0, len(files), BATCH):
-        read, batch = [], files[start : start + BATCH]
-        for file in batch:
+        read = {}  # row → image; a file may be named twice
+        for i in range(start, min(start + BATCH, len(files))):
             try:
-                pixels = read_image(
-                    file, header["channels"], tuple(header["image_size"]), header["crop"]
-                )
-                read.append(torch.from_numpy(pixels).permute(2, 0, 1))
+                pixels = read_image(files[i], header["channels"], size, header["crop"])
+                read[i] = torch.from_numpy(pixels).permute(2, 0, 1)
             except UnreadableImage as error:
                 print(f"error: {error}", file=sys.stderr)
-                read.append(None)
-        seen = [image for image in read if image is not None]
-        answers = iter(model(prepare(torch.stack(seen))).softmax(1) if seen else [])
-        for file, image in zip(batch, read, strict=True):
-            yield file, None if image is None else next(answers)
+        if not read:
+            continue
+        with torch.inference_mode():
+            images = torch.stack(list(read.values()))  # uint8 [B, C, H, W]
+            best = model(prepare(images)).softmax(1).topk(top)
+        ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        for i, (indices, values) in zip(read, ranked, strict=True):
+            yield files[i], [(classes[k], p) for k, p in zip(indices, values, strict=True)]
 
 
-def main(argv=None) -> int:
-    args = parse(build_parser(), argv)
-    files = find(args.images)
-    model, prepare, header = load_model(run_folder.weights_path(args.weights))
-    classes = header["classes"]
-    top = min(args.top, len(classes))
-    rows = csv.writer(sys.stdout, lineterminator="\n")
-    if args.format == "csv":
+def write(answers: Iterable[tuple[str, list]], form: str, top: int) -> int:
+    """Print predict()'s answers as text, csv or json; how many there were."""
+    rows, count, whole = csv.writer(sys.stdout, lineterminator="\n"), 0, []
+    if form == "csv":
         extra = [f"{key}_{k}" for k in range(2, top + 1) for key in ("class", "probability")]
         rows.writerow(["file", "class", "probability", *extra])
-    unread, answers = 0, []
-    for file, probabilities in predict(model, prepare, header, files):
-        if probabilities is None:
-            unread += 1
-            continue
-        best = probabilities.topk(top)
-        ranked = [
-            (classes[i], p)
-            for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
-        if args.format == "csv":
+    for file, ranked in answers:
+        count += 1
+        if form == "csv":
             rows.writerow([file, *(x for name, p in ranked for x in (name, f"{p:.6f}"))])
-        elif args.format == "json":
-            answers.append(
-                {"file": file, "predictions": [{"class": c, "probability": p} for c, p in ranked]}
-            )
+        elif form == "json":
+            predictions = [{"class": name, "probability": p} for name, p in ranked]
+            whole.append({"file": file, "predictions": predictions})
         else:
             print(f"{file}: " + ", ".join(f"{name} {p:.2%}" for name, p in ranked))
-    if args.format == "json":
-        print(json.dumps(answers, indent=1, ensure_ascii=False))
-    return 1 if unread else 0
+    if form == "json":
+        print(json.dumps(whole, indent=1, ensure_ascii=False))
+    return count
 
 
 if __name__ == "__main__":
