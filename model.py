@@ -1,37 +1,28 @@
-"""The networks, and create_model() which makes one by name, fitted to the size of the pictures.
+"""The networks: three of our own, and all of timm's and torchvision's, each made by its name.
 
-    python model.py     # each of our own networks: parameters and output shape
+    python model.py                             our own: parameters, input and output shape
+    python model.py 'resnet*' '*mobilenet*'     search all: parameters (1,000 classes), image size
 
-Importing this needs torch only.  timm and torchvision take seconds to import, so they are imported
-when one of their networks is asked for, and never for our own.
+To bring a network of your own, write its class here and add it to NETWORKS: every command then
+takes its name.  It needs the arguments `classes` and `channels`, and create_model()'s attributes.
+
+Importing this needs torch only.  timm and torchvision take seconds to import, so that happens when
+one of their networks is asked for, and never for our own.
 """
 
+import fnmatch
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lenslet import weights
+from lenslet.cli import create_parser, parse
 from lenslet.data.prepare import Prepare
-from lenslet.errors import UserError, nearest
+from lenslet.errors import UserError, error_context, nearest, run_main
 from lenslet.stems import fit_stem
-from lenslet.weights import read_weights_file
-
-
-def load_model(path: str | Path) -> tuple[nn.Module, Prepare, dict]:
-    """The trained network in evaluation mode, what prepares pictures for it, and the header.
-
-    Errors: UserError, see load().
-    """
-    tensors, header = read_weights_file(path)
-    try:
-        model = create_model(header["model"], **header["model_args"])
-        model.load_state_dict(tensors)
-        prepare = Prepare(header["mean"], header["std"], model.input_size)
-    except (RuntimeError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: does not fit its header ({reason})") from error
-    return model.eval().to(memory_format=torch.channels_last), prepare, header
 
 
 class TutorialCNN(nn.Sequential):
@@ -39,8 +30,7 @@ class TutorialCNN(nn.Sequential):
 
     The layers of Caffe's cifar10_quick (Jia et al. 2014, arXiv:1408.5093, after Krizhevsky's
     cuda-convnet) as the tutorials build them: 2×2 max-pools in place of overlapping max and average
-    pools, and no activation anywhere, so that the pools are all that is not linear.  The numbers
-    of input channels and of classes are arguments.
+    pools, and no activation functions, so that only the pools are not linear.
     """
 
     input_size = (32, 32)
@@ -48,15 +38,15 @@ class TutorialCNN(nn.Sequential):
 
     def __init__(self, classes: int, channels: int = 3):
         super().__init__(
-            nn.Conv2d(channels, 32, 5, padding=2),
+            nn.Conv2d(channels, 32, 5, padding=2),  # [N, 32, 32, 32]
             nn.MaxPool2d(2),  # [N, 32, 16, 16]
             nn.Conv2d(32, 32, 5, padding=2),
             nn.MaxPool2d(2),  # [N, 32, 8, 8]
             nn.Conv2d(32, 64, 5, padding=2),
             nn.MaxPool2d(2),  # [N, 64, 4, 4]
-            nn.Flatten(),
+            nn.Flatten(),  # [N, 1024]
             nn.Linear(1024, 64),
-            nn.Linear(64, classes),
+            nn.Linear(64, classes),  # [N, classes]
         )
 
 
@@ -65,8 +55,8 @@ class LeNet(nn.Module):
 
     After LeNet-5 (LeCun, Bottou, Bengio, Haffner 1998, "Gradient-based learning applied to document
     recognition", Proc. IEEE 86) with the tutorial's deviations: ReLU, plain max-pools, a second
-    convolution that sees all six maps, and linear outputs.  Layer names are the tutorial's, so
-    its weights fit.  The numbers of input channels and of classes are arguments.
+    convolution that sees all six maps, and linear outputs.  The layers have the tutorial's names,
+    so its weights load here.
     """
 
     input_size = (32, 32)
@@ -83,21 +73,22 @@ class LeNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv1(images)), 2)  # [N, 6, 14, 14]
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)  # [N, 16, 5, 5]
-        x = F.relu(self.fc1(x.flatten(1)))
-        return self.fc3(F.relu(self.fc2(x)))
+        x = F.relu(self.fc1(x.flatten(1)))  # [N, 400] -> [N, 120]
+        x = F.relu(self.fc2(x))  # [N, 84]
+        return self.fc3(x)  # [N, classes]
 
 
 class FastNet(nn.Module):
-    """Our network for small pictures: images [N, channels, H, W] -> logits [N, classes].
+    """Our network for small images: images [N, channels, H, W] -> logits [N, classes].
 
-    After airbench94 (Jordan 2024, arXiv:2404.00498), which is after Page's ResNet ("How to train
-    your ResNet", 2018): a convolution that whitens 2×2 patches, three blocks of two convolutions
-    that halve the picture, identities as first weights where that is possible, batch norm without
-    scale, the largest activation of each map, and logits divided by 9.  Deviations: ReLU in place
-    of GELU, as accurate here and a quarter faster on a CPU; batch norm's momentum 0.4 and usual
-    epsilon; widths in the ratio 1:4:8 rather than 1:4:4; any size of picture from 16×16 on.
+    After airbench94 (Jordan 2024, arXiv:2404.00498), itself after Page's ResNet ("How to train your
+    ResNet", 2018): a convolution that whitens 2×2 patches, three blocks of two convolutions that
+    halve the image, identities as first weights where possible, batch norm without scale, a global
+    max-pool, and logits divided by 9.  Deviations: ReLU in place of GELU, as accurate here and a
+    quarter faster on a CPU; batch norm's momentum 0.4 and usual epsilon; widths in the ratio 1:4:8
+    rather than 1:4:4; images of any size from 16×16.
 
-    width is the number of channels of the first block.  whiten() is called once, before training.
+    width is the number of channels of the first block.  Call whiten() once, before training.
     """
 
     stem_note = ""
@@ -106,51 +97,53 @@ class FastNet(nn.Module):
         self, classes: int, channels: int = 3, size: tuple[int, int] = (32, 32), width: int = 32
     ):
         super().__init__()
-        self.input_size = tuple(max(16, side) for side in size)
-        filters = 2 * channels * 2 * 2
+        self.input_size = tuple(max(16, side) for side in size)  # smaller ones are enlarged
+        filters = 2 * channels * 2 * 2  # each direction in a 2×2 patch, and its negative
         self.whitening = nn.Conv2d(channels, filters, 2)
-        self.whitening.weight.requires_grad = False
+        self.whitening.weight.requires_grad = False  # whiten() computes it; only the bias learns
         widths = [filters, width, 4 * width, 8 * width]
         self.blocks = nn.Sequential(*map(FastBlock, widths[:-1], widths[1:]))
         self.head = nn.Linear(widths[-1], classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.whitening(images))  # [N, 8 channels, H - 1, W - 1]
-        x = self.blocks(x)  # [N, 8 width, H // 8 - 1, W // 8 - 1] or so
-        return self.head(x.amax((2, 3))) / 9
+        x = self.blocks(x)  # [N, 8 width, (H - 1) // 8, (W - 1) // 8]
+        return self.head(x.amax((2, 3))) / 9  # [N, 8 width] -> [N, classes]
 
     @torch.no_grad()
     def whiten(self, images: Tensor) -> None:
-        """Have the first layer see patches without correlations, and their negatives.
+        """Set the first layer so that its maps are uncorrelated, with variance 1.
 
-        images [N, channels, H, W] as the network is fed them.  Eigenvectors of the patches'
-        covariance over the roots of their eigenvalues, as in the papers above.
+        images float [N, channels, H, W] as the network is fed them.  The filters are eigenvectors
+        of the patches' covariance over the roots of their eigenvalues, as in the papers above, and
+        their negatives, because ReLU cuts half of each away.
         """
-        patches = (
-            F.unfold(images, 2).transpose(1, 2).flatten(0, 1).double()
-        )  # [patches, 4 channels]
+        patches = F.unfold(images.double(), 2)  # [N, 4 channels, patches of an image]
+        patches = patches.transpose(1, 2).flatten(0, 1)  # [patches, 4 channels]
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        # 5e-4: directions with hardly any variance are noise, and must not be amplified.
         filters = (vectors / (values + 5e-4).sqrt()).T.reshape(-1, *self.whitening.weight.shape[1:])
         self.whitening.weight.copy_(torch.cat([filters, -filters]))
         self.whitening.bias.zero_()
 
 
 class FastBlock(nn.Module):
-    """[N, inside, H, W] -> [N, outside, H // 2, W // 2], all at least 0."""
+    """One stage of fastnet: [N, inputs, H, W] -> [N, outputs, H // 2, W // 2], all >= 0."""
 
-    def __init__(self, inside: int, outside: int):
+    def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(inside, outside, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outside, momentum=0.4)
-        self.norm2 = nn.BatchNorm2d(outside, momentum=0.4)
-        for conv in (self.conv1, self.conv2):
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs, momentum=0.4)
+        self.norm2 = nn.BatchNorm2d(outputs, momentum=0.4)
+        for conv in (self.conv1, self.conv2):  # at first, the first maps are copies of the inputs
             nn.init.dirac_(conv.weight[: conv.in_channels])
         for norm in (self.norm1, self.norm2):
             norm.weight.requires_grad = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        x = F.max_pool2d(self.conv1(x), 2)  # [N, outputs, H // 2, W // 2]
+        x = F.relu(self.norm1(x))
         return F.relu(self.norm2(self.conv2(x)))
 
 
@@ -163,62 +156,57 @@ def create_model(
     """A new network with random weights: images [N, channels, *input_size] -> logits [N, classes].
 
     name is one of NETWORKS, any timm name, or torchvision/ and a torchvision name; size is the
-    (height, width) of the pictures; arguments are those of our own networks (width).  The module
-    carries two plain attributes:
+    (height, width) of the images; arguments are those of our own networks (width).  The module
+    has two plain attributes:
 
-        input_size  (height, width) it must be fed: size, or the smallest it accepts above that
-                    (its native size where it accepts no other)
-        stem_note   the strides that were changed for small pictures, '' for the original stem
+        input_size  (height, width) of what it must be fed: size, or the smallest it accepts above
+                    that (its native size if it accepts no other)
+        stem_note   the strides that were changed for small images, '' for the original stem
 
     The same arguments always give the same structure; parameter names and shapes are those of the
-    library's own network.  UserError: an unknown name, or a network that accepts no size.
+    library's own network.  Errors: UserError for an unknown name or a network that takes no size.
     """
-    library = _library(name)
-    if library == "own":
-        if name == "fastnet":
-            arguments["size"] = size
-        return NETWORKS[name](classes, channels, **arguments)
-    if library == "timm":
-        import timm
-
-        network = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
-    else:
-        network = _torchvision(name.removeprefix("torchvision/"), classes, channels)
-    fit_stem(network, name, channels, size, network_defaults(name)["image_size"])
+    if name == "fastnet":  # ours that takes any size; the library's are fitted to it below
+        arguments["size"] = size
+    network = _construct(name, classes, channels, **arguments)
+    if name not in NETWORKS:
+        fit_stem(network, name, channels, size, network_defaults(name)["image_size"])
     return network
 
 
-def head_of(network: nn.Module) -> list[str]:
-    """The names of the layers that make the logits: what is new for other classes."""
-    if hasattr(network, "get_classifier"):  # timm's, where distilled ones have two
-        found = network.get_classifier()
-        found = list(found) if isinstance(found, tuple | list | nn.ModuleList) else [found]
-    else:
-        found = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1:]
-    return [name for name, m in network.named_modules() if any(m is head for head in found)]
+def load_model(path: str | Path) -> tuple[nn.Module, Prepare, dict]:
+    """A trained network in evaluation mode, what prepares images for it, and the file's header.
 
+        model, prepare, header = load_model("runs/latest")
+        logits = model(prepare(images))  # images: uint8 [N, C, H, W]
 
-def add_dropout(network: nn.Module, share: float) -> None:
-    """Zero that share of what the last layer is fed while training (Srivastava et al. 2014, JMLR).
+    path is a weights file, or a run folder with its model.safetensors.  The order of the logits is
+    header["classes"]; weights.read_header() describes the rest.  No code from the file is run.
 
-    A hook and no layer, so that the parameters keep their names.
+    Errors: UserError naming a file that is missing, damaged or not one of ours.
     """
-
-    def drop(layer, inputs):
-        return F.dropout(inputs[0], share, layer.training), *inputs[1:]
-
-    for name in head_of(network) if share else ():
-        network.get_submodule(name).register_forward_pre_hook(drop)
+    file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
+    with error_context(str(file)):
+        tensors, header = weights.read(file)
+        try:
+            model = create_model(header["model"], **header["model_args"])
+            model.load_state_dict(tensors)
+            prepare = Prepare(header["mean"], header["std"], model.input_size)
+        except (RuntimeError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the weights do not fit their header ({reason})") from error
+    # Convolutions on a CPU are faster with channels last, and prepare() returns images so.
+    return model.eval().to(memory_format=torch.channels_last), prepare, header
 
 
 def network_defaults(name: str) -> dict:
-    """How photographs are prepared for a network, where neither data nor weights say it.
+    """How images are prepared for a network, where neither the data nor loaded weights say it.
 
     image_size     side in pixels; 32 for our own networks
     mean, std      three floats each, 0..1 scale
-    crop           the share of the resized picture's side that the centre crop keeps
+    crop           share of the resized image's side that the centre crop keeps, 0..1
 
-    timm's networks have a configuration of their own; the others take what is usual on ImageNet.
+    timm's networks have a configuration of their own; the others get what is usual on ImageNet.
     """
     library = _library(name)
     defaults = {
@@ -231,13 +219,33 @@ def network_defaults(name: str) -> dict:
         import timm
 
         if config := timm.get_pretrained_cfg(name):
-            defaults = {
-                "image_size": config.input_size[-1],
-                "mean": list(config.mean),
-                "std": list(config.std),
-                "crop": config.crop_pct,
-            }
+            defaults |= {"image_size": config.input_size[-1], "crop": config.crop_pct}
+            defaults |= {"mean": list(config.mean), "std": list(config.std)}
     return defaults
+
+
+def head_of(network: nn.Module) -> list[str]:
+    """The names of the layers that make the logits: what has to be new for other classes."""
+    if hasattr(network, "get_classifier"):  # timm's; distilled networks have two
+        found = network.get_classifier()
+        found = list(found) if isinstance(found, tuple | list | nn.ModuleList) else [found]
+    else:
+        found = [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1:]
+    return [name for name, m in network.named_modules() if any(m is head for head in found)]
+
+
+def add_dropout(network: nn.Module, share: float) -> None:
+    """Dropout before the last layer, in training only (Srivastava et al. 2014, JMLR 15).
+
+    share (0..1) of the values is zeroed.  It is a hook and not a layer, so that the parameters keep
+    their names and the weights load without it.
+    """
+
+    def drop(layer, inputs):
+        return F.dropout(inputs[0], share, layer.training), *inputs[1:]
+
+    for name in head_of(network) if share else ():
+        network.get_submodule(name).register_forward_pre_hook(drop)
 
 
 def _library(name: str) -> str:
@@ -245,34 +253,47 @@ def _library(name: str) -> str:
     if name in NETWORKS:
         return "own"
     if ":" in name:  # hf-hub:, hf_hub: and local-dir: let timm fetch whatever the name says
-        raise UserError(f"model {name}: give a plain timm name; no hub is looked up")
-    import torchvision
-
-    others = ["torchvision/" + x for x in torchvision.models.list_models(torchvision.models)]
-    if name in others:
+        raise UserError(f"model {name}: give a plain timm name; names on a hub are not looked up")
+    if name in (theirs := _torchvision_names()):
         return "torchvision"
     import timm
 
     # What follows a dot names pretrained weights, whose configuration is then used.
     if timm.is_model(name) and ("." not in name or timm.is_model_pretrained(name)):
         return "timm"
-    if f"torchvision/{name}" in others:
+    if f"torchvision/{name}" in theirs:
         hint = f" (did you mean torchvision/{name}?)"
     else:
-        hint = nearest(name.partition(".")[0], [*NETWORKS, *timm.list_models(), *others])
+        hint = nearest(name.partition(".")[0], [*NETWORKS, *timm.list_models(), *theirs])
     raise UserError(
-        f"unknown model {name}{hint}; `python model.py` lists our own, timm.list_models() timm's"
+        f"unknown model {name}{hint}; `python model.py` lists our own, "
+        "`python model.py 'resnet*'` searches timm's and torchvision's"
     )
 
 
-def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
-    """A torchvision network; with other than 3 channels its first convolution is made anew."""
+def _torchvision_names() -> list[str]:
+    """torchvision's classification networks, as --model takes them."""
     import torchvision
 
-    extra = {}
+    return ["torchvision/" + x for x in torchvision.models.list_models(torchvision.models)]
+
+
+def _construct(name: str, classes: int, channels: int, **arguments) -> nn.Module:
+    """A network as its library makes it, with the stem it was published with."""
+    library = _library(name)
+    if library == "own":
+        return NETWORKS[name](classes, channels, **arguments)
+    if library == "timm":
+        import timm
+
+        return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+    import torchvision
+
+    name, extra = name.removeprefix("torchvision/"), {}
     if name in ("googlenet", "inception_v3"):  # without auxiliary outputs, and without the warning
         extra = {"aux_logits": False, "init_weights": True}
     network = torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
+    # torchvision has no argument for the channels: its first convolution is made anew.
     first = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
     if channels != first.in_channels:
         first.in_channels = channels
@@ -282,9 +303,48 @@ def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
     return network
 
 
+def find_models(patterns: list[str]) -> list[str]:
+    """The names of all networks that match a shell pattern, sorted.
+
+    torchvision's match with and without torchvision/ in front.  Errors: UserError for a pattern
+    that matches nothing.
+    """
+    import timm
+
+    known, found = [*NETWORKS, *timm.list_models(), *_torchvision_names()], set()
+    for pattern in patterns:
+        ways = (pattern, f"torchvision/{pattern}")
+        matching = [name for way in ways for name in fnmatch.filter(known, way)]
+        if not matching:
+            hint = nearest(pattern.strip("*"), known)
+            raise UserError(f"no network's name matches {pattern}{hint}")
+        found.update(matching)
+    return sorted(found)
+
+
+def count_parameters(name: str, classes: int) -> str:
+    """The number of a network's parameters, '-' where only real tensors could tell."""
+    try:
+        with torch.device("meta"):  # shapes without values take no memory and hardly any time
+            network = _construct(name, classes, channels=3)
+    except RuntimeError:  # torchvision's RegNets copy values while they are made
+        return "-"
+    return f"{sum(p.numel() for p in network.parameters()):,}"
+
+
+def main(argv=None) -> None:
+    parser = create_parser(__doc__)
+    parser.add_argument("pattern", nargs="*", help="names to search for, in quotes: 'resnet*'")
+    patterns = parse(parser, argv).pattern
+    for name in find_models(patterns) if patterns else NETWORKS:
+        count = count_parameters(name, classes=1000 if patterns else 10)  # 1000: ImageNet's
+        if patterns:
+            side = network_defaults(name)["image_size"]
+            print(f"{name:44}{count:>14} parameters   {side:>3}×{side}")
+        else:
+            logits = create_model(name, classes=10)(torch.zeros(1, 3, 32, 32))
+            print(f"{name:14}{count:>12} parameters   [1, 3, 32, 32] -> {list(logits.shape)}")
+
+
 if __name__ == "__main__":
-    for name in NETWORKS:
-        network = create_model(name, classes=10)
-        parameters = sum(p.numel() for p in network.parameters())
-        shape = list(network(torch.zeros(1, 3, 32, 32)).shape)
-        print(f"{name:14}{parameters:>12,} parameters   [1, 3, 32, 32] -> {shape}")
+    sys.exit(run_main(main))

@@ -1,4 +1,7 @@
-"""model.safetensors in and out: the tensors, and a header with all that is needed to use them."""
+"""model.safetensors in and out: the tensors, and a header with all that is needed to use them.
+
+Only tensors and text are read: no code that a file brings is ever run.
+"""
 
 import hashlib
 import json
@@ -18,9 +21,9 @@ TEXT = {"format", "version", "model", "stem", "data", "data_sha256", "sha256"}  
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of the tensors' bytes in key order.
+    """SHA-256 of the tensors' bytes in the order of their names, as hexadecimal digits.
 
-    Equal weights have equal digests; equal files need not, for the order of a header varies.
+    Equal weights have equal digests.  Equal files need not: safetensors varies a header's order.
     """
     sha = hashlib.sha256()
     for _, tensor in sorted(tensors.items()):
@@ -29,12 +32,15 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 
 def storable(tensor: Tensor) -> Tensor:
-    """A copy that safetensors takes: it refuses channels_last and shared memory."""
+    """A contiguous copy on the CPU: safetensors refuses channels_last and shared memory."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def encode(state: dict[str, Tensor], header: dict) -> bytes:
-    """A weights file of a model's state_dict and a header, see read_header()."""
+    """The content of a weights file, from a model's state_dict and a header as in read_header().
+
+    format, version and sha256 are added to the header.
+    """
     tensors = {name: storable(tensor) for name, tensor in state.items()}
     header = {"format": FORMAT, "version": VERSION, **header, "sha256": digest(tensors)}
     metadata = {k: v if k in TEXT else json.dumps(v, ensure_ascii=False) for k, v in header.items()}
@@ -42,44 +48,54 @@ def encode(state: dict[str, Tensor], header: dict) -> bytes:
 
 
 def read_header(path: str | Path) -> dict:
-    """The header of a weights file alone.
+    """The header of a weights file, without its tensors.
 
-    model, model_args (of create_model), stem (how it was changed for small pictures), classes
-    (names, in the order of the outputs), channels, image_size (height and width that pictures are
-    read at), crop (share of a picture that a centre crop keeps), input_size (what the network is
-    fed), mean, std (0..1 scale), data, data_sha256, epoch, validation, digests ([step, sha256 of
-    the weights] of every epoch so far), plan (see clock.Plan's marks), options, versions, device,
-    precision, threads, processes, sha256 (of the tensors).
+    What is needed to use the weights:
+        model, model_args   the arguments of create_model()
+        stem                the strides that were changed for small images, '' for none
+        classes             their names, in the order of the logits
+        channels            1 or 3
+        image_size          (height, width) that images are read at
+        crop                share of the side that the centre crop of a photograph keeps, 0..1
+        input_size          (height, width) that the network is fed
+        mean, std           of each channel, 0..1 scale
+    How they were made:
+        data, data_sha256   the data set, and the SHA-256 of its content
+        epoch, validation   after which they were kept, and its figures
+        digests             [step, digest of the weights] of every epoch so far
+        plan                see clock.Plan's marks
+        options             of the training
+        versions, device, precision, threads, processes
+    And of the file: format, version, sha256 (the tensors' digest()).
 
-    Errors: UserError for a file that is missing, cut off or not one of ours.
+    Errors: UserError, without the path, for a file that is missing, cut off or not one of ours.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such weights file (train one with `make train`)")
+        raise UserError("no such weights file (train one with `make train`)")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
     except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+        raise UserError(f"not a complete safetensors file ({error})") from error
     if header.get("format") != FORMAT:
-        raise UserError(f"{path}: not written by train.py (its header does not say how to use it)")
+        raise UserError("not written by train.py (its header does not say how to use it)")
     if header.get("version") != VERSION:
-        raise UserError(
-            f"{path}: format version {header.get('version')}, this code reads version {VERSION}"
-        )
+        version = header.get("version")
+        raise UserError(f"format version {version}, but this code reads version {VERSION}")
     try:
         return {k: v if k in TEXT else json.loads(v) for k, v in header.items()}
     except ValueError as error:
-        raise UserError(f"{path}: its header is damaged ({error})") from error
+        raise UserError(f"its header is damaged ({error})") from error
 
 
-def read_weights_file(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors (on the CPU) and the header of a weights file, see read_header().
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors (on the CPU, as they were saved) and the header of a weights file.
 
-    Errors: UserError, as there and for weights that were altered.
+    Errors: UserError, as in read_header(), and for tensors that differ from those that were saved.
     """
     header = read_header(path)
     tensors = load_file(path)
     if digest(tensors) != header.get("sha256"):
-        raise UserError(f"{path}: the weights are not those that were saved (damaged or altered)")
+        raise UserError("the weights are not those that were saved (damaged or altered)")
     return tensors, header

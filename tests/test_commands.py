@@ -160,7 +160,7 @@ def test_processes_count_and_train_like_one(clone, make_folder):
                 said.append(shell(f"{launcher} scripts/{script}.py {words}", clone, threads=None))
         assert "37 pictures to train on, 9 to validate" in said[0]
         assert "11 pictures" in said[1]
-        tensors[name] = weights.read_weights_file(run / "model.safetensors")[0]
+        tensors[name] = weights.read(run / "model.safetensors")[0]
         metrics[name] = json.loads((run / "report" / "metrics.json").read_text())
     assert metrics["one"]["confusion"] == metrics["two"]["confusion"]
     assert metrics["one"]["confusion"] == metrics["four"]["confusion"]
@@ -253,7 +253,7 @@ def test_reproduce(clone):
     assert (clone / "runs" / "first-reproduced" / "model.safetensors").exists()
 
     # Weights that claim another second epoch, from another version of torch and more threads.
-    tensors, header = weights.read_weights_file(run / "model.safetensors")
+    tensors, header = weights.read(run / "model.safetensors")
     header["digests"][1][1] = "0" * 64
     header["versions"]["torch"] = "0.1"
     header["threads"] = 3
@@ -329,9 +329,7 @@ def test_a_process_dies_and_is_restarted(clone, count):
             workers[1].kill()
         said, errors = launcher.communicate(timeout=120)
         assert launcher.returncode == 0, errors
-        digests.append(
-            weights.read_weights_file(clone / "runs" / run / "model.safetensors")[1]["sha256"]
-        )
+        digests.append(weights.read(clone / "runs" / run / "model.safetensors")[1]["sha256"])
     assert f"process 1 (pid {workers[1].pid})" in errors
     assert f"of {count} ended" in errors
     assert "goes on in epoch" in said

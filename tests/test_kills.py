@@ -41,7 +41,7 @@ def start(setting, run):
 
 
 def digest(run):
-    return weights.read_weights_file(run / "model.safetensors")[1]["sha256"]
+    return weights.read(run / "model.safetensors")[1]["sha256"]
 
 
 def end(process, way, run):

@@ -73,7 +73,7 @@ TIMES = {"seconds", "images_per_second"}
 
 def outcome(run):
     """Everything that must not depend on interruptions: weights, digests, figures, curves."""
-    tensors, header = weights.read_weights_file(run / "model.safetensors")
+    tensors, header = weights.read(run / "model.safetensors")
     epochs = json.loads((run / "metrics.json").read_text())["epochs"]
     figures = [{k: v for k, v in record.items() if k not in TIMES} for record in epochs]
     events = EventAccumulator(str(run))
@@ -426,7 +426,7 @@ def test_gradient_that_explodes_later(command, pictures, tmp_path, monkeypatch, 
     error = capsys.readouterr().err
     assert "epoch 2 at step 5" in error and "at step 3" in error
     assert f"weights are in {tmp_path / 'run' / 'model.safetensors'}" in error
-    assert weights.read_weights_file(tmp_path / "run" / "model.safetensors")[1]["epoch"] == 1
+    assert weights.read(tmp_path / "run" / "model.safetensors")[1]["epoch"] == 1
     assert len(list((tmp_path / "run" / "checkpoint").iterdir())) == 1
 
 

@@ -50,7 +50,7 @@ def call(main, *words):
 def fit(run, *words, status=0):
     """Train on a few digits into a folder; tensors, header and metrics."""
     assert call(train.main, *DIGITS, "--output", run, *words) == status
-    tensors, header = lenslet.weights.read_weights_file(run / "model.safetensors")
+    tensors, header = lenslet.weights.read(run / "model.safetensors")
     return tensors, header, json.loads((run / "metrics.json").read_text())
 
 
@@ -312,7 +312,7 @@ def test_picture_weights(make_folder, tmp_path, capsys):
     assert run("bees", weights + "val/ants/0.png,3\n", *one) == 0
     # The gradient is that of the bees alone, each weighing as much as two pictures did.
     torch.manual_seed(0)
-    tensors, header = lenslet.weights.read_weights_file(tmp_path / "bees" / "model.safetensors")
+    tensors, header = lenslet.weights.read(tmp_path / "bees" / "model.safetensors")
     network = model.create_model("lenet", **header["model_args"])
     data = lenslet.data.load.load(str(pictures), ["train"])
     part = data.splits["train"]
@@ -422,15 +422,13 @@ def test_two_processes_take_the_same_steps(make_folder, tmp_path):
         run = tmp_path / f"run{count}"
         together.scripts(count, tmp_path, "train", [*words, "--output", run])
         metrics = json.loads((run / "metrics.json").read_text())
-        results.append(
-            (lenslet.weights.read_weights_file(run / "model.safetensors")[0], metrics["epochs"])
-        )
+        results.append((lenslet.weights.read(run / "model.safetensors")[0], metrics["epochs"]))
     (one, records), (two, others) = results
     assert 4 <= len(records) == len(others) < 9
     assert [r["lr"] for r in records] == [r["lr"] for r in others] and records[-1]["lr"] < 0.02
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
-    start = lenslet.weights.read_weights_file(tmp_path / "first" / "model.safetensors")[0]
+    start = lenslet.weights.read(tmp_path / "first" / "model.safetensors")[0]
     assert torch.equal(one["conv1.weight"], start["conv1.weight"])
     assert not torch.equal(one["conv2.weight"], start["conv2.weight"])
 

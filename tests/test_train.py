@@ -44,7 +44,7 @@ def call(main, *words):
 def fit(data, run, *words):
     """Train with the TINY options into a folder; its tensors, header and metrics."""
     assert call(train.main, "--data", data, "--output", run, *TINY, *words) == 0
-    tensors, header = lenslet.weights.read_weights_file(run / "model.safetensors")
+    tensors, header = lenslet.weights.read(run / "model.safetensors")
     return tensors, header, json.loads((run / "metrics.json").read_text())
 
 
@@ -60,8 +60,7 @@ def test_same_options_same_bits(pictures, tmp_path):
     words = ["--config", tmp_path / "a" / "options.yaml", "--output", tmp_path / "c"]
     assert call(train.main, *words) == 0
     assert (
-        lenslet.weights.read_weights_file(tmp_path / "c" / "model.safetensors")[1]["sha256"]
-        == header["sha256"]
+        lenslet.weights.read(tmp_path / "c" / "model.safetensors")[1]["sha256"] == header["sha256"]
     )
     seeded, _, _ = fit(pictures, tmp_path / "d", "--augment", "standard", "--seed", "1")
     assert difference(tensors, seeded) > 1e-3
@@ -130,7 +129,7 @@ def test_the_best_epoch_is_kept(pictures, tmp_path):
     assert header["epoch"] == metrics["summary"]["best_epoch"] == best
     kept = sorted((tmp_path / "run" / "epochs").iterdir())
     assert [path.name for path in kept] == [f"epoch-{n:03d}.safetensors" for n in range(1, 7)]
-    digests = [lenslet.weights.read_weights_file(path)[1]["sha256"] for path in kept]
+    digests = [lenslet.weights.read(path)[1]["sha256"] for path in kept]
     assert len(set(digests)) == 6 and digests[best - 1] == header["sha256"]
 
 
@@ -295,10 +294,7 @@ def test_without_network_the_digits_are_used(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sets, "ensure", offline)
     assert call(train.main, "--epochs", "1", "--output", tmp_path / "run") == 0
     assert "no source in 15 s" in capsys.readouterr().out
-    assert (
-        lenslet.weights.read_weights_file(tmp_path / "run" / "model.safetensors")[1]["data"]
-        == "digits"
-    )
+    assert lenslet.weights.read(tmp_path / "run" / "model.safetensors")[1]["data"] == "digits"
     assert call(train.main, "--data", "cifar10") == 1
 
 

@@ -1,11 +1,9 @@
-"""Weights that a training begins with, and the parts of a network that are held fixed.
+"""The weights that training starts from: found in any file, and fitted to the network.
 
-    python scripts/train.py --pretrained timm               timm's own weights of the network
+    python scripts/train.py --pretrained timm               timm's own weights for the network
     python scripts/train.py --pretrained weights.pth        a file, or the URL of one
-    python scripts/train.py --pretrained timm --freeze-epochs 2 --freeze conv1 bn1
 
-`read_weights()` finds the tensors, `fit()` loads what fits, and a `Freezer` holds parameters fixed.
-No code that a file brings is ever run.
+`read_weights()` finds the tensors, and `fit()` loads those that fit.  No code from a file is run.
 """
 
 import argparse
@@ -21,37 +19,34 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lenslet import files
-from lenslet.data import download as fetch
-from lenslet.errors import OutsideError, UserError, nearest
-from lenslet.files import lock
+from lenslet import files, weights
+from lenslet.data import download
+from lenslet.errors import OutsideError, UserError, error_context, nearest
 from lenslet.training.net import is_below
-from lenslet.weights import FORMAT, read_weights_file
 
-PATIENCE = 15.0  # s that the hub has to say which weights it holds
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # of a repository: the first that is there
+PATIENCE = 15.0  # seconds that the hub has to say which weights it holds
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that a repository has is used
 
 
 def read_weights(source: str, model: str) -> tuple[dict[str, Tensor], dict]:
-    """The tensors (on the CPU) that --pretrained names and, where train.py wrote them, the header.
+    """The tensors (on the CPU) of a source and, where train.py wrote them, their header.
 
-    source: "timm" (its weights of the network `model`), an http(s) URL (kept in data/weights), or
-    a file: .safetensors, or what torch.save() wrote.  Names are the file's own.  The header is {}
-    for the weights of others.
+    source: "timm" (its weights for the network `model`), an http(s) URL (kept in data/weights), or
+    a file: .safetensors, or what torch.save() wrote.  The tensors have the names they have in the
+    file.  The header is {} for files of other programs.
 
-    Errors: UserError for a file that is missing, damaged, without tensors, in need of code or, by
-    its header, of another network, and for a network that timm has no weights of; OutsideError
-    where the source does not serve.
+    Errors, without the source: UserError for a file that is missing, damaged, without tensors, in
+    need of code or, by its header, for another network, and for a network that timm has no weights
+    for; OutsideError where the source does not answer.
     """
     if source == "timm":
         return _from_timm(model), {}
-    url = source.startswith(("http://", "https://"))
-    tensors, header = _read_file(_from_url(source) if url else Path(source).expanduser())
+    if source.startswith(("http://", "https://")):
+        tensors, header = _read_download(_from_url(source))
+    else:
+        tensors, header = _read_file(Path(source).expanduser())
     if header and header["model"].partition(".")[0] != model.partition(".")[0]:
-        raise UserError(
-            f"--pretrained {source} is of {header['model']}, not of {model}: give "
-            f"--model {header['model']}"
-        )
+        raise UserError(f"these weights are for {header['model']}, not for {model}: train that one")
     return tensors, header
 
 
@@ -60,20 +55,21 @@ def _from_timm(model: str) -> dict[str, Tensor]:
     import timm
 
     if not timm.is_model(model):
-        raise UserError(f"--pretrained timm: {model} is no network of timm's; give a file or a URL")
+        raise UserError(f"{model} is not a timm network; give a file or a URL")
     if not timm.is_model_pretrained(model):
         hint = nearest(model, timm.list_pretrained())
-        raise UserError(f"--pretrained timm: timm has no weights of {model}{hint}")
+        raise UserError(f"timm has no weights for {model}{hint}")
     config = timm.get_pretrained_cfg(model)
     path = _from_hub(config.hf_hub_id) if config.hf_hub_id else _from_url(config.url)
-    overlay = {"state_dict": _read_file(path)[0], "custom_load": False}
-    with torch.random.fork_rng(devices=[]):  # or the caller's own network began differently
+    overlay = {"state_dict": _read_download(path)[0], "custom_load": False}
+    # timm draws random weights first, which must not change how the caller's own network starts.
+    with torch.random.fork_rng(devices=[]):
         network = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay)
     return network.state_dict()
 
 
 def _from_hub(repository: str) -> Path:
-    """A repository's weights in the hub's own cache, fetched where they are not there yet.
+    """A repository's weights file in the hub's own cache, downloaded if it is not there yet.
 
     Errors: OutsideError.
     """
@@ -84,10 +80,10 @@ def _from_hub(repository: str) -> Path:
         with contextlib.suppress(EntryNotFoundError):
             return Path(hf_hub_download(repository, file, local_files_only=True))
     # The hub's faster protocol still waited after ten minutes for a server that did not answer, as
-    # behind a firewall; plain https gives up a transfer that stalls after about one.
+    # behind a firewall; plain https gives up a stalled transfer after about one.
     constants.HF_HUB_DISABLE_XET = True
-    # hf_hub_download() tries a host that does not answer for 13 minutes, and a look-up of its name
-    # can hang: so it is asked once before, in a thread that is never waited for.
+    # hf_hub_download() tries a host that does not answer for 13 minutes, and resolving its name
+    # can hang: so the host is asked once first, in a thread that nobody has to wait for.
     replies = queue.Queue()
 
     def ask():
@@ -107,140 +103,178 @@ def _from_hub(repository: str) -> Path:
     except Exception as error:
         why = _line(error.__cause__ or error)
     url = hf_hub_url(repository, "").partition("/resolve/")[0]
-    raise OutsideError(f"--pretrained timm: {url}: {why}; a file or a URL may be given instead")
+    raise OutsideError(f"{url}: {why}; give a file or another URL instead")
 
 
 def _from_url(url: str) -> Path:
-    """The file that a URL names, fetched once."""
+    """The file at a URL, downloaded only once."""
     folder = files.DATA / "weights"
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder, wait=True):  # two trainings would append to the same part
-        return fetch.download_file(url, folder)
+    with files.lock(folder, wait=True):  # two trainings would append to the same part
+        return download.download_file(url, folder)
+
+
+def _read_download(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """_read_file(), with errors that name the file: the user may have to delete it."""
+    with error_context(str(path)):
+        return _read_file(path)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a file and, if it is one of ours, its header."""
     if not path.is_file():
         what = "is a folder: name a file in it" if path.is_dir() else "no such file"
-        raise UserError(f"--pretrained {path}: {what}; or give a URL, or timm")
-    tensors, header = {}, {}
+        raise UserError(f"{what}; or give a URL, or timm")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                ours = (file.metadata() or {}).get("format") == FORMAT
-            tensors, header = read_weights_file(path) if ours else (load_file(path), {})
+                ours = (file.metadata() or {}).get("format") == weights.FORMAT
+            tensors, header = weights.read(path) if ours else (load_file(path), {})
         else:  # timm's own checkpoints hold their options as a Namespace, which does nothing
             with torch.serialization.safe_globals([argparse.Namespace]):
-                tensors = _find(torch.load(path, map_location="cpu", weights_only=True))
+                tree = torch.load(path, map_location="cpu", weights_only=True)
+            tensors, header = _largest_state(tree), {}
     except (OSError, UserError):
         raise
     except Exception as error:  # damage takes many forms, KeyError and UnicodeDecodeError too
         if code := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
             raise UserError(
-                f"--pretrained {path}: runs code ({code[1]}) when it is loaded; where you trust it,"
-                " torch.load(…, weights_only=False) it and torch.save() its state_dict alone"
+                f"runs code ({code[1]}) when it is loaded; if you trust it, load it with "
+                "torch.load(…, weights_only=False) and torch.save() its state_dict alone"
             ) from None
         reason = _line(str(error).rpartition("WeightsUnpickler error:")[2] or type(error).__name__)
         raise UserError(
-            f"--pretrained {path}: cannot be read as weights ({reason}); "
-            "if it is damaged, delete it and fetch or save it again"
+            f"cannot be read as weights ({reason}); "
+            "if it is damaged, delete it and download or save it again"
         ) from None
     if not tensors:
-        raise UserError(f"--pretrained {path}: holds no tensors by name; save a state_dict")
+        raise UserError("holds no tensors with names; save a state_dict")
     return tensors, header
 
 
-def _find(tree) -> dict[str, Tensor]:
-    """Of a dict and the dicts in it, the tensors of the one that has the most.
+def _largest_state(tree) -> dict[str, Tensor]:
+    """Of a dict and the dicts in it, the tensors of the one that has most of them.
 
-    An optimizer's state goes by numbers, which are not followed.
+    An optimizer's state has numbers for keys, which are not followed.
     """
     if not isinstance(tree, dict):
         return {}
     entries = {key: value for key, value in tree.items() if isinstance(key, str)}
     here = {key: value.detach() for key, value in entries.items() if isinstance(value, Tensor)}
-    return max([here, *map(_find, entries.values())], key=len)
+    return max([here, *map(_largest_state, entries.values())], key=len)
 
 
 @torch.no_grad()
 def fit(
-    network: nn.Module, tensors: dict[str, Tensor], head: list[str], keep_head: bool, source: str
+    network: nn.Module, tensors: dict[str, Tensor], head: list[str], keep_head: bool
 ) -> list[str]:
-    """Load what fits, in place; an account in lines for the user.
+    """Load the tensors that fit, in place; returns notes for the user, a line each.
 
-    A prefix that the tensors' names have in common is taken off.  Where a convolution that sees the
-    picture differs in its input channels alone, it is adapted; any other difference in shape leaves
-    the network's own.  head: names of the last layers, which stay new unless keep_head.  Types,
+    A prefix that the names of the tensors share is removed.  Convolutions that see the image are
+    adapted if only their input channels differ; any other difference in shape leaves the network's
+    own weights.  head: names of the last layers, which stay new unless keep_head.  Types,
     requires_grad and memory layout stay the network's.
 
-    Errors: UserError where no weights (2 dimensions or more) outside the head fit; then the network
-    is as it was.
+    Errors: UserError if no weights (2 dimensions or more) outside the head fit; then the network
+    is unchanged.
     """
     own = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
-    prefix = _prefix(tensors, own)
-    origin = {name: name for name in tensors if name in own}  # in the network -> in the file
-    for name in tensors:
-        if name.startswith(prefix) and name.removeprefix(prefix) in own:
-            origin[name.removeprefix(prefix)] = name
-    convs = (name for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d))
-    first = f"{next(convs, '')}.weight"
-    stem = _channels(tensors[origin[first]], own[first]) if first in origin else None
-
-    fitting, reshaped, skipped = {}, {}, {}
-    for name, there in origin.items():
-        value, needed = tensors[there], own[name]
-        if is_below(name, head) and not keep_head:
-            continue
-        if stem and _channels(value, needed) == stem:  # RepVGG has two that see the picture
-            value = _adapt(value, stem[1])
-            reshaped[name] = f"{name} from {stem[0]} to {stem[1]} input channels"
-        if value.shape == needed.shape:
-            fitting[name] = value
-        else:
-            skipped[name] = f"{name} {list(value.shape)} in the file, {list(needed.shape)} here"
-    if not any(value.dim() > 1 and not is_below(name, head) for name, value in fitting.items()):
+    in_head = [name for name in own if is_below(name, head)]
+    prefix = _shared_prefix(tensors, own)
+    sources = _match_names(tensors, own, prefix)
+    matched = {
+        name: tensors[source]
+        for name, source in sources.items()
+        if keep_head or name not in in_head
+    }
+    adapted = _adapt_input_channels(network, own, matched)
+    fitting = {k: v for k, v in (matched | adapted).items() if v.shape == own[k].shape}
+    if not any(value.dim() > 1 for name, value in fitting.items() if name not in in_head):
         raise UserError(
-            f"--pretrained {source}: nothing fits: it holds {_shapes(tensors)}; "
-            f"the network needs {_shapes(own)}"
+            f"nothing fits: the file has {_shapes(tensors)}; the network needs {_shapes(own)}"
         )
     for name, value in fitting.items():
         own[name].copy_(value)
 
-    used = {origin[name] for name in (*fitting, *skipped)}
-    groups = {
-        "reshaped": reshaped.values(),
-        "skipped for their shapes": skipped.values(),
-        "new": [name for name in own if is_below(name, head) and name not in fitting],
-        "not used of the file": [name for name in tensors if name not in used],
-        "not in the file": [
-            name
-            for name in own
-            # Counters that old files lack, and that no usual batch norm reads.
-            if not (name in origin or is_below(name, head) or name.endswith("num_batches_tracked"))
-        ],
-    }
     count = sum(p.numel() for name, p in network.named_parameters() if name in fitting)
     removed = f", without their prefix {prefix}" if prefix else ""
-    account = [f"{source}: {len(fitting)} of {len(own)} tensors, {count:,} parameters{removed}"]
-    return account + [f"{len(x)} {title}: {_few(x)}" for title, x in groups.items() if x]
+    summary = f"{len(fitting)} of {len(own)} tensors, {count:,} parameters{removed}"
+    return [summary, *_describe_rest(own, in_head, tensors, sources, matched, fitting)]
 
 
-def _prefix(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """What stands in front of most of the names that, without it, agree with shape and all."""
+def _describe_rest(own, in_head, tensors, sources, matched, fitting) -> list[str]:
+    """What fit() did not simply copy, one line for each kind, with the first three names.
+
+    own, tensors: of the network and of the file.  matched: the tensors that fit() tried to load, by
+    their names in the network; fitting: those that it loaded.
+    """
+    changed = [name for name, value in matched.items() if value.shape != own[name].shape]
+    found, used = {*sources, *in_head}, {sources[name] for name in matched}
+    groups = {
+        "adapted": [
+            f"{name} from {matched[name].shape[1]} to {own[name].shape[1]} input channels"
+            for name in changed
+            if name in fitting
+        ],
+        "of a different shape, not loaded": [
+            f"{name} {list(matched[name].shape)} in the file, {list(own[name].shape)} here"
+            for name in changed
+            if name not in fitting
+        ],
+        "new": [name for name in in_head if name not in fitting],
+        "in the file but unused": [name for name in tensors if name not in used],
+        # Old files lack num_batches_tracked, which no usual batch norm reads.
+        "missing from the file": [
+            name for name in own if name not in found and not name.endswith("num_batches_tracked")
+        ],
+    }
+    return [
+        f"{len(names)} {kind}: {_first_three(names)}" for kind, names in groups.items() if names
+    ]
+
+
+def _match_names(tensors: dict[str, Tensor], own: dict[str, Tensor], prefix: str) -> dict[str, str]:
+    """{name in the network: name in the file}, with the prefix rather than without."""
+    sources = {name: name for name in tensors if name in own}
+    for name in tensors:
+        if name.startswith(prefix) and name.removeprefix(prefix) in own:
+            sources[name.removeprefix(prefix)] = name
+    return sources
+
+
+def _shared_prefix(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """What most names have in front of a name in the network that has the same shape."""
     votes = collections.Counter()
     for name, value in tensors.items():
         for start in range(len(name)):
-            # Never within a number: 10.weight is no 0.weight with a prefix.
+            # Never within a number: 10.weight is not 0.weight with a prefix.
             if start == 0 or not name[start - 1].isalnum():
                 known = own.get(name[start:])
                 votes[name[:start]] += known is not None and known.shape == value.shape
-    return max(votes, key=votes.get, default="")  # of equals the first: plain names
+    return max(votes, key=votes.get, default="")  # the first among equals: plain names
+
+
+def _adapt_input_channels(
+    network: nn.Module, own: dict[str, Tensor], matched: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights of the convolutions that see the image, changed to the network's input channels.
+
+    {} unless the network's first convolution has other input channels and is otherwise equal.
+    """
+    convolutions = (name for name, m in network.named_modules() if isinstance(m, nn.Conv2d))
+    first = f"{next(convolutions, '')}.weight"
+    change = _channels(matched[first], own[first]) if first in matched else None
+    return {
+        name: _adapt(value, change[1])
+        for name, value in matched.items()
+        if change and _channels(value, own[name]) == change  # RepVGG has two that see the image
+    }
 
 
 def _channels(value: Tensor, needed: Tensor) -> tuple[int, int] | None:
-    """The input channels of two convolutions' weights, where those alone differ.
+    """The input channels of two convolutions' weights, if nothing else differs.
 
-    Not of a stem that folds pixels into channels first, 16 for each colour.
+    None for a stem that folds pixels into channels first, 16 for each colour.
     """
     if value.dim() != 4 or needed.dim() != 4 or value[:, :0].shape != needed[:, :0].shape:
         return None
@@ -251,7 +285,7 @@ def _channels(value: Tensor, needed: Tensor) -> tuple[int, int] | None:
 def _adapt(weight: Tensor, channels: int) -> Tensor:
     """A convolution's weight [N, C, H, W] for other channels, float32 [N, channels, H, W].
 
-    A grey picture then gives what it gave as a coloured one with all channels alike.
+    A grey image then gives what it gave before as a colour image with equal channels.
     """
     weight, present = weight.float(), weight.shape[1]
     if channels == 1:
@@ -260,16 +294,16 @@ def _adapt(weight: Tensor, channels: int) -> Tensor:
     return weight.repeat(1, copies, 1, 1)[:, :channels] * (present / channels)
 
 
-def _few(names) -> str:
+def _first_three(names: list[str]) -> str:
     """The first three, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(list(names)[:3]) + more
+    return ", ".join(names[:3]) + more
 
 
 def _shapes(tensors: dict[str, Tensor]) -> str:
-    return _few([f"{name} {list(value.shape)}" for name, value in tensors.items()])
+    return _first_three([f"{name} {list(value.shape)}" for name, value in tensors.items()])
 
 
 def _line(error) -> str:
-    """What an error says, in one line and not too long a one."""
+    """What an error says, in one line of at most 160 characters."""
     return " ".join(str(error).split())[:160] or type(error).__name__
