@@ -4,9 +4,11 @@ Training, testing and predicting decode an image with the same code: `read_image
 `inspect_image` for small ones that are kept as they are.
 """
 
+import functools
 import math
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -18,18 +20,22 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF
 EXIF_ORIENTATION = 0x0112
 
 
-# Oversized pictures, odd palettes and broken EXIF blocks: read, or reported as unreadable.
-warnings.filterwarnings("ignore", module="PIL")
-
-
 class UnreadableImage(OutsideError):
-    """A picture file that cannot be decoded; the message names it and says why."""
+    """An image file that cannot be decoded; the message names it and says why."""
+
+
+class Inspected(NamedTuple):
+    """What is known of an image file that was decoded."""
+
+    side: int  # the longer one, in pixels
+    grey: bool  # whether all its pixels are, in a file of colours too
+    pixels: np.ndarray | None  # uint8 [H, W, 1 or 3] if it is small
 
 
 def longer_side(path: Path) -> int:
-    """The longer side of a picture by the head of its file, in pixels; 0 if it cannot be told."""
+    """The longer side of an image by the head of its file, in pixels; 0 if it cannot be told."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(path) as image:
             return max(image.size)
     except Exception:  # whoever decodes the whole file reports what is wrong with it
         return 0
@@ -42,11 +48,11 @@ def read_image(
     crop: float = 1.0,
     draws: list[float] | None = None,
 ) -> np.ndarray:
-    """One picture file as uint8 [H, W, C], C = channels (1 grey, 3 RGB), values 0..255.
+    """One image file as uint8 [H, W, C], C = channels (1 grey, 3 RGB), values 0..255.
 
     Upright by its EXIF orientation, transparency composited on white, 16-bit samples scaled to 8,
     the first frame of an animation.  size (height, width): the box of that shape, centred, with
-    `crop` of the largest possible side, resized (bilinear, anti-aliased); None: as it is.
+    `crop` of the largest possible side, resized (bilinear, anti-aliased); None: the whole image.
     draws, four numbers in 0..1, choose a random box instead (Inception-style crop, Szegedy et al.
     2014, arXiv:1409.4842): 25 to 100 % of the area, sides 3:4 to 4:3; a box that would not fit is
     cut to fit instead of being drawn again.
@@ -54,7 +60,7 @@ def read_image(
     Errors: UnreadableImage.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(path) as image:
             box = None
             if size is not None:
                 box = _choose_box(_upright_size(image), size, crop, draws)
@@ -72,15 +78,14 @@ def read_image(
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def inspect_image(path: str | Path, small: int) -> tuple[int, bool, np.ndarray | None]:
-    """Decode a whole file: its longer side, whether it is grey, and its pixels if it is small.
+def inspect_image(path: str | Path, small: int) -> Inspected:
+    """Decode a whole file, and keep its pixels where the longer side is at most `small`.
 
-    Pixels are uint8 [H, W, 1 or 3] where the longer side is at most `small`, else None: then a JPEG
-    file is decoded at an eighth of its size, which still meets every byte of it.
+    A larger JPEG file is decoded at an eighth of its size, which still meets every byte of it.
     Errors: UnreadableImage.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(path) as image:
             side = max(image.size)
             if side > small:
                 image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
@@ -91,25 +96,36 @@ def inspect_image(path: str | Path, small: int) -> tuple[int, bool, np.ndarray |
     grey = pixels.ndim == 2 or bool((pixels == pixels[..., :1]).all())
     if grey:
         pixels = pixels.reshape(*pixels.shape[:2], -1)[..., :1]
-    return side, grey, pixels if side <= small else None
+    return Inspected(side, grey, pixels if side <= small else None)
+
+
+def _open(path: str | Path) -> Image.Image:
+    _ignore_pillow_warnings()
+    return Image.open(path, formats=FORMATS)
+
+
+@functools.cache  # once: each change of the filters makes Python repeat warnings already shown
+def _ignore_pillow_warnings() -> None:
+    """Oversized images, odd palettes and broken EXIF blocks: read, or reported as unreadable."""
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def _unreadable(path: str | Path, error: Exception) -> UnreadableImage:
     if isinstance(error, UnidentifiedImageError):
-        reason = "not a known kind of picture" if Path(path).stat().st_size else "an empty file"
+        reason = "not a known kind of image" if Path(path).stat().st_size else "an empty file"
     else:
         reason = getattr(error, "strerror", None) or error
-    return UnreadableImage(f"{path}: cannot be read as a picture ({reason})")
+    return UnreadableImage(f"{path}: cannot be read as an image ({reason})")
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height after the EXIF rotation, without decoding the picture."""
+    """Width and height after the EXIF rotation, without decoding the image."""
     turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
     return image.size[::-1] if turned else image.size
 
 
 def _choose_box(upright, size, crop, draws) -> tuple[float, float, float, float]:
-    """The part of a picture to keep: left, upper, right, lower, in its pixels."""
+    """The part of an image to keep: left, upper, right, lower, in its pixels."""
     width, height = upright
     if draws is None:
         # The whole pixels that torchvision's Resize and CenterCrop would cut, in one step instead.
@@ -140,7 +156,7 @@ def _shrink_while_decoding(image, size, box) -> tuple[float, float, float, float
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
-    """An upright picture of any mode as mode L or RGB."""
+    """An upright image of any mode as mode L or RGB."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
         deep = np.asarray(image)

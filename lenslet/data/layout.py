@@ -1,92 +1,104 @@
 """How a folder of images is laid out: train/, val/ and test/ of classes, or classes only."""
 
-import hashlib
 import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from lenslet import files
-from lenslet.data.decode import longer_side
+from lenslet.data.split import split_by_hash
 from lenslet.errors import UserError, nearest
+
+SPLITS = ("train", "val", "test")
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2".split()
+)
+
+
+class Listing(NamedTuple):
+    """The image files of a folder."""
+
+    splits: dict[str, dict[str, list[Path]]]  # split → class, in natural order → files, sorted
+    divided: bool  # whether the folder has a train/ of its own, rather than classes only
+    notes: list[str]  # what in it was ignored, a line each
 
 
 def find_folder(name: str) -> Path:
-    """A folder of pictures, relative to where the command runs or to the repository."""
+    """A folder of images, relative to where the command runs or to the repository."""
     return Path(name) if Path(name).is_dir() else files.ROOT / name
 
 
-def is_divided(root: Path) -> bool:
-    """Whether a folder has train/ with classes in it, rather than classes only."""
-    return any(inside.is_dir() for inside in (root / "train").glob("*"))
+def list_folder(root: Path) -> Listing:
+    """The images of a folder with train/ (and val/, test/) of classes, or with classes only.
 
-
-def list_folder(root: Path) -> tuple[dict[str, dict[str, list[Path]]], list[str]]:
-    """split → class → files, and notes, for a folder with train/ (val/, test/) or classes only.
-
-    A folder with classes only is divided 80/10/10 by a hash of each file's relative name, so that
-    adding a picture moves no other.
-    Errors: UserError where there is no such layout, or fewer than two classes with pictures.
+    A folder with classes only is divided, see split_by_hash().
+    Errors: UserError where there is no such layout, fewer than two classes, or one without images.
     """
     if not root.is_dir():
-        raise UserError(f"--data {root}: no such folder")
-    divided = is_divided(root)
-    tops = {s: root / s for s in ("train", "val", "test")} if divided else {"train": root}
-    found, others = {}, Counter()
+        raise UserError("no such folder")
+    divided = any(folder.is_dir() for folder in (root / "train").glob("*"))
+    tops = {split: root / split for split in SPLITS} if divided else {"train": root}
+    splits, ignored = {}, Counter()
     for split, top in tops.items():
-        folders = [d for d in top.glob("*") if d.is_dir() and not d.name.startswith(".")]
-        found[split] = {}
-        for folder in sorted(folders, key=lambda d: natural_sort_key(d.name)):
-            found[split][folder.name], strangers = find_images(folder)
-            others.update(strangers)
-    classes = found["train"]
-    expected = f"expected {tops['train']}/<class>/*.png (or .jpg, …) for two classes or more"
+        splits[split], others = _list_classes(top)
+        ignored.update(others)
+    _check_classes(root, splits)
+    notes = []
+    if ignored:
+        kinds = ", ".join(sorted(ignored))
+        notes.append(f"{ignored.total()} files ignored, not images by their names ({kinds})")
+    if divided:
+        unused = [d.name for d in root.glob("[!.]*") if d.is_dir() and d.name not in tops]
+        if unused:
+            notes.append(f"folders ignored: {', '.join(unused)} (train, val and test are read)")
+    else:
+        splits = _divide(root, splits["train"])
+    return Listing(splits, divided, notes)
+
+
+def _list_classes(top: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """class → files of one split, and the name endings of its other files."""
+    folders = [d for d in top.glob("*") if d.is_dir() and not d.name.startswith(".")]
+    classes, ignored = {}, []
+    for folder in sorted(folders, key=lambda d: natural_sort_key(d.name)):
+        classes[folder.name], others = find_images(folder)
+        ignored += others
+    return classes, ignored
+
+
+def _check_classes(root: Path, splits: dict[str, dict[str, list[Path]]]) -> None:
+    """Errors: UserError for anything but two or more classes, the same in all splits."""
+    classes = splits["train"]
+    expected = "expected train/<class>/*.png or <class>/*.png (or .jpg, …), two classes or more"
     if len(classes) < 2:
-        raise UserError(f"--data {root}: {len(classes) or 'no'} class folder in it; {expected}")
-    for name, inside in classes.items():
-        if not inside:
-            raise UserError(f"--data {root}: class {name} has no pictures; {expected}")
-    splits = [name for name in classes if re.search("train|test|val", name, re.IGNORECASE)]
-    if len(splits) == len(classes) and any(d.is_dir() for d in root.glob("*/*")):
+        raise UserError(f"{len(classes) or 'no'} class folder in it; {expected}")
+    for name, images in classes.items():
+        if not images:
+            raise UserError(f"class {name} has no images; {expected}")
+    like_splits = [name for name in classes if re.search("train|test|val", name, re.IGNORECASE)]
+    if len(like_splits) == len(classes) and any(d.is_dir() for d in root.glob("*/*")):
         raise UserError(
-            f"--data {root}: {' and '.join(splits)} look like splits: name them train, val and test"
+            f"{' and '.join(like_splits)} look like splits: name them train, val and test"
         )
-    for split, inside in found.items():
+    for split, inside in splits.items():
         for name in inside:
             if name not in classes:
                 raise UserError(
-                    f"--data {root}: {split}/{name} is a class that train/ does not have"
+                    f"{split}/{name} is a class that train/ does not have"
                     f"{nearest(name, classes)}; rename or remove it"
                 )
-    if not divided:
-        found |= {split: {name: [] for name in classes} for split in ("train", "val", "test")}
-        for name, files in classes.items():
-            for file in files:
-                digest = hashlib.sha256(os.fsencode(file.relative_to(root).as_posix())).digest()
-                split = "test" if digest[0] < 25.6 else "val" if digest[0] < 51.2 else "train"
-                found[split][name].append(file)
-        if not all(found["train"].values()):
-            name = next(name for name, files in found["train"].items() if not files)
-            raise UserError(f"--data {root}: class {name} has too few pictures to be divided")
-    notes = []
-    if others:
-        kinds = ", ".join(sorted(others))
-        notes.append(f"{others.total()} files ignored, not pictures by their names ({kinds})")
-    unused = [d.name for d in root.glob("[!.]*") if divided and d.is_dir() and d.name not in tops]
-    if unused:
-        notes.append(f"folders ignored: {', '.join(unused)} (train, val and test are read)")
-    return found, notes
 
 
-def is_small(root: Path, side: int) -> bool:
-    """Whether a folder's training and validation pictures are at most `side` pixels long."""
-    found, _ = list_folder(root)
-    return all(
-        longer_side(file) <= side
-        for split in ("train", "val")
-        for files in found.get(split, {}).values()
-        for file in files
-    )
+def _divide(root: Path, classes: dict[str, list[Path]]) -> dict[str, dict[str, list[Path]]]:
+    """split → class → files, from the classes of a folder without splits."""
+    splits = {split: {name: [] for name in classes} for split in SPLITS}
+    for name, images in classes.items():
+        for file in images:
+            splits[split_by_hash(file.relative_to(root).as_posix())][name].append(file)
+        if not splits["train"][name]:
+            raise UserError(f"class {name} has too few images to be divided")
+    return splits
 
 
 def natural_sort_key(text: str) -> list:
@@ -94,18 +106,21 @@ def natural_sort_key(text: str) -> list:
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", text) if p]
 
 
-EXTENSIONS = frozenset(
-    ".jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2".split()
-)
-
-
 def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
-    """All picture files below a folder, sorted, and the name endings of the other files there.
+    """All image files below a folder, sorted, and the name endings of the other files there.
 
-    Hidden files are in neither.
+    Hidden files are in neither; links to files are followed, those to folders are not.
     """
-    below = ((path, path.relative_to(folder).parts) for path in sorted(Path(folder).rglob("*")))
-    files = [p for p, parts in below if not any(x.startswith(".") for x in parts) and p.is_file()]
-    found = [path for path in files if path.suffix.lower() in EXTENSIONS]
-    others = [path.suffix or path.name for path in files if path.suffix.lower() not in EXTENSIONS]
-    return found, others
+    paths = []
+    for top, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        parent = Path(top)
+        paths += [parent / name for name in names if not name.startswith(".")]
+    images, others = [], []
+    for path in sorted(paths):
+        if path.is_file():
+            if path.suffix.lower() in EXTENSIONS:
+                images.append(path)
+            else:
+                others.append(path.suffix or path.name)
+    return images, others

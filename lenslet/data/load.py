@@ -4,22 +4,24 @@ import hashlib
 import json
 import os
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 import lenslet.files
 from lenslet.data import sets
-from lenslet.data.batches import SMALL, Data, Split
-from lenslet.data.decode import read_image
-from lenslet.data.layout import find_folder, is_divided, is_small, list_folder
+from lenslet.data.batches import SMALL, Data, Split, evenly_spaced
+from lenslet.data.decode import Inspected, longer_side, read_image
+from lenslet.data.layout import Listing, find_folder, list_folder
 from lenslet.data.sets import is_set
 from lenslet.data.split import subset, validation_mask
-from lenslet.data.verify import inspect_images
+from lenslet.data.verify import Inspection, inspect_images
 from lenslet.errors import OutsideError, UserError
 
-# The recipe that supplies the defaults for a data set; a folder's follows from its pictures.
+# The recipe that supplies the defaults for a data set; a folder's follows from its images.
 RECIPES = {
     "cifar10": "cifar10",
     "cifar100": "cifar10",
@@ -28,23 +30,38 @@ RECIPES = {
     "digits": "digits",
 }
 
+Rows = dict[str, list[tuple[Path, int]]]  # split → (file, label) of its images
+
 
 def recipe_for(name: str) -> str:
-    """The recipe whose settings are the defaults for --data."""
+    """The recipe whose settings are the defaults for a data set.
+
+    A folder takes that for small images if all its images are small.  To tell, the headers of at
+    most 1,000 training and validation files are read, evenly spaced: to open every file of a large
+    folder takes longer than the answer is worth.  It lists the folder, so call it on one process.
+    Errors: UserError for an unknown name, or a folder without the layout.
+    """
     if is_set(name):
         return RECIPES[name]
-    return "cifar10" if is_small(find_folder(name), SMALL) else "photos"
+    splits = list_folder(find_folder(name)).splits
+    classes = [images for s in ("train", "val") for images in splits.get(s, {}).values()]
+    files = [file for images in classes for file in images]
+    sample = [files[i] for i in evenly_spaced(len(files), 1000)]
+    return "cifar10" if all(longer_side(file) <= SMALL for file in sample) else "photos"
 
 
 def choose_data(name: str | None) -> str:
-    """--data, a folder as its full path; without it CIFAR-10 or, for want of that, the digits."""
+    """The name of a set, or a folder's full path; for None CIFAR-10, or offline the digits."""
     if name:
         return name if is_set(name) else str(find_folder(name).resolve())
     try:
         sets.ensure("cifar10", patience=15)
         return "cifar10"
     except OutsideError as error:
-        print(f"CIFAR-10 is not to be had, so the bundled digits are used instead: {error}")
+        print(
+            "CIFAR-10 is neither on disk nor reachable, so this trains on the bundled digits "
+            f"instead ({error})"
+        )
         return "digits"
 
 
@@ -63,146 +80,190 @@ def load(
 ) -> Data:
     """Open a data set by name or folder; only the wanted ones of train, val and test are read.
 
-    val: share of the training pictures kept for validation where the set has no val of its own; 0
+    val: share of the training images kept for validation where the set has no val of its own; 0
     keeps none.  fold: "2/5" keeps the second of five parts instead, which the set must then have no
-    val of its own for.  limit: so many training pictures and at most so many validation pictures,
-    of all classes in their proportion.  like: the header of trained weights, whose classes and way
-    of reading are taken over.  photo_size, crop: how photographs are read otherwise; small pictures
-    keep their own size.
+    val of its own for.  limit: so many training images and at most so many validation images, of
+    all classes in their proportion.  like: the header of trained weights, whose classes and way of
+    reading are taken over.  photo_size, crop: how photographs are read otherwise; small images keep
+    their own size.
 
     A split that the set does not have, or that is empty, is missing from the result.
-    Errors: UserError for an unknown name, a folder without the layout, broken pictures, classes
-    that differ from those of the weights, and too few pictures for fold or limit.
+    Errors: UserError for an unknown name, a folder without the layout, broken images, classes that
+    differ from those of the weights, and too few images for fold or limit.
     """
     if is_set(name):
         return _load_set(name, wanted, val, fold, limit, like)
     root = find_folder(name)
-    found, notes = list_folder(root)
-    classes = like["classes"] if like else list(found["train"])
-    strange = [c for c in found["train"] if c not in classes]
-    if strange:
-        raise UserError(
-            f"--data {name}: class {strange[0]} is none of the {len(classes)} that the weights "
-            f"were trained on ({', '.join(classes[:3])}, …)"
-        )
-    rows = _choose_rows(name, found, classes, val, fold, is_divided(root))
+    listing = list_folder(root)
+    classes = like["classes"] if like else list(listing.splits["train"])
+    rows = _assign(listing, classes, val, fold)
     for split in ("train", "val"):
-        kept = subset(torch.tensor([label for _, label in rows[split]]), limit, name)
+        kept = subset(_labels(rows[split]), limit)
         rows[split] = [rows[split][i] for i in kept.tolist()]
-    # Whoever trains learns of every broken file now, those that test.py would meet included.
-    looked_at = rows if "train" in wanted and not limit else wanted
-    files = sorted({file for split in looked_at for file, _ in rows.get(split, [])})
-    checked, broken, array = inspect_images(
-        files, SMALL, lenslet.files.DATA / "inspected.json", workers
-    )
-    if broken and not skip_broken:
-        raise UserError(
-            f"--data {name}: {len(broken)} of {len(checked) + len(broken)} pictures are broken; "
-            "mend or remove them, or leave them out with --skip-broken:\n" + "\n".join(broken)
-        )
-    if broken:
-        notes.append(f"{len(broken)} broken pictures left out")
-    rows = {s: [row for row in rows.get(s, []) if row[0] in checked] for s in wanted}
-    if "train" in rows and len({label for _, label in rows["train"]}) < len(classes):
-        raise UserError(f"--data {name}: a class has no readable training pictures left")
-    rows = {split: part for split, part in rows.items() if part}
+
+    # Training inspects every split: who starts it learns now of the broken files in test/ too.
+    inspected = rows if "train" in wanted and not limit else wanted
+    files = sorted({file for split in inspected for file, _ in rows.get(split, [])})
+    inspection = inspect_images(files, SMALL, lenslet.files.DATA / "inspected.json", workers)
+    notes = listing.notes + _broken_notes(inspection, skip_broken)
+    rows = _readable(rows, wanted, inspection, classes)
     if not rows:
         return Data(name, classes, 0, (0, 0), crop, {}, "", notes)
 
-    found = [checked[file] for part in rows.values() for file, _ in part]
-    sides, greys, small = zip(*found, strict=True)
-    in_memory = max(sides) <= SMALL
-    channels = like["channels"] if like else 1 if all(greys) else 3
-    if like:
-        image_size, crop = tuple(like["image_size"]), like["crop"]
-    elif in_memory:
-        common = Counter(pixels.shape[:2] for pixels in small)
-        image_size, crop = max(common, key=lambda size: (common[size], size)), 1.0
-    else:
-        image_size = (photo_size, photo_size)
-
-    def read(file):
-        pixels = checked[file][2]
-        if pixels.shape[:2] != image_size or pixels.shape[2] > channels:
-            return read_image(file, channels, image_size, crop)
-        return np.broadcast_to(pixels, (*image_size, channels))
-
-    in_memory = in_memory and max(image_size) <= SMALL
-    if in_memory:
-        fits = array is not None and array.shape[2:] == image_size
-        fits &= fits and array.shape[1] >= channels and (array.shape[1] == channels or all(greys))
-        if not fits:
-            files = [file for part in rows.values() for file, _ in part]
-            array = np.stack([read(file).transpose(2, 0, 1) for file in files])
-        stacked = torch.from_numpy(array[:, :channels])
-        place = {file: i for i, file in enumerate(files)}
+    images = [inspection.images[file] for part in rows.values() for file, _ in part]
+    channels, image_size, crop = _choose_reading(images, like, photo_size, crop)
     splits = {}
     for split, part in rows.items():
-        images = [file for file, _ in part]
-        labels = torch.tensor([label for _, label in part])
-        names = [file.relative_to(root).as_posix() for file in images]
-        at = None
-        if in_memory:
-            at, images = torch.tensor([place[file] for file in images]), stacked
-        splits[split] = Split(images, labels, names, at)
-    listing = "".join(
-        f"{split}/{name}:{file.stat().st_size}\n"
-        for split, part in splits.items()
-        for name, file in zip(part.names, (file for file, _ in rows[split]), strict=True)
-    )
-    digest = hashlib.sha256(os.fsencode(listing)).hexdigest()
-    return Data(name, classes, channels, image_size, crop, splits, digest, notes)
+        names = [file.relative_to(root).as_posix() for file, _ in part]
+        splits[split] = Split([file for file, _ in part], _labels(part), names)
+    sha256 = _digest(splits)
+    if max(image.side for image in images) <= SMALL and max(image_size) <= SMALL:
+        _keep_in_memory(splits, files, inspection, channels, image_size, crop)
+    return Data(name, classes, channels, image_size, crop, splits, sha256, notes)
 
 
-def _choose_rows(name, found, classes, val, fold, divided: bool) -> dict[str, list[tuple]]:
-    """split → (file, label) of its pictures, with a part of train as val where that is wanted."""
+def _labels(rows: list[tuple[Path, int]]) -> Tensor:
+    return torch.tensor([label for _, label in rows])
+
+
+def _assign(listing: Listing, classes: list[str], val: float, fold: str | None) -> Rows:
+    """The images of each split, with a part of train as val where that is wanted."""
+    label_of = {name: label for label, name in enumerate(classes)}
     rows = {"train": [], "val": []}
-    for split, inside in found.items():
-        rows[split] = [(file, classes.index(c)) for c, files in inside.items() for file in files]
-    if fold and divided and rows["val"]:
-        raise UserError(f"--fold {fold}: --data {name} has a val/ of its own, which stays as it is")
-    if not divided and (fold or val == 0):
+    for split, inside in listing.splits.items():
+        for name in inside:
+            if name not in label_of:
+                raise UserError(
+                    f"class {name} is not among the {len(classes)} that the weights were trained "
+                    f"on ({', '.join(classes[:3])}, …)"
+                )
+        rows[split] = [(file, label_of[name]) for name, files in inside.items() for file in files]
+    if fold and listing.divided and rows["val"]:
+        raise UserError("it has a val/ of its own, so no fold of train/ can be kept for validation")
+    if not listing.divided and (fold or val == 0):
         rows["train"] += rows["val"]
         rows["val"] = []
     if (fold or val) and not rows["val"]:
-        away = validation_mask(torch.tensor([label for _, label in rows["train"]]), val, fold)
-        both = list(zip(rows["train"], away.tolist(), strict=True))
-        rows["train"] = [row for row, is_away in both if not is_away]
-        rows["val"] = [row for row, is_away in both if is_away]
+        kept = validation_mask(_labels(rows["train"]), val, fold).tolist()
+        both = list(zip(rows["train"], kept, strict=True))
+        rows["train"] = [row for row, is_kept in both if not is_kept]
+        rows["val"] = [row for row, is_kept in both if is_kept]
     return rows
 
 
+def _broken_notes(inspection: Inspection, skip_broken: bool) -> list[str]:
+    """What to tell the user of broken images.  Errors: UserError unless they are to be skipped."""
+    broken = inspection.broken
+    if broken and not skip_broken:
+        raise UserError(
+            f"{len(broken)} of {len(inspection.images) + len(broken)} images cannot be read; "
+            "mend or remove them, or leave them out with skip-broken:\n" + "\n".join(broken)
+        )
+    return [f"{len(broken)} broken images left out"] if broken else []
+
+
+def _readable(rows: Rows, wanted: list[str], inspection: Inspection, classes: list[str]) -> Rows:
+    """The wanted splits without their broken images; one that is empty is missing."""
+    rows = {s: [row for row in rows.get(s, []) if row[0] in inspection.images] for s in wanted}
+    if "train" in rows:
+        labels = {label for _, label in rows["train"]}
+        for label, name in enumerate(classes):
+            if label not in labels:
+                raise UserError(f"class {name} has no readable training images left")
+    return {split: part for split, part in rows.items() if part}
+
+
+def _choose_reading(
+    images: list[Inspected], like: dict | None, photo_size: int, crop: float
+) -> tuple[int, tuple[int, int], float]:
+    """Channels, (height, width) and crop that all images are read with."""
+    if like:
+        return like["channels"], tuple(like["image_size"]), like["crop"]
+    channels = 1 if all(image.grey for image in images) else 3
+    if max(image.side for image in images) > SMALL:
+        return channels, (photo_size, photo_size), crop
+    common = Counter(image.pixels.shape[:2] for image in images)
+    return channels, max(common, key=lambda size: (common[size], size)), 1.0
+
+
+def _keep_in_memory(
+    splits: dict[str, Split],
+    files: list[Path],
+    inspection: Inspection,
+    channels: int,
+    image_size: tuple[int, int],
+    crop: float,
+) -> None:
+    """Replace the splits' files by the pixels of their small images, in one array for all."""
+    used = [file for split in splits.values() for file in split.images]
+    array = inspection.array  # of all the inspected files: no copy where it serves as it is
+    fits = array is not None and array.shape[2:] == image_size
+    if fits and array.shape[1] != channels:  # three equal channels can be one, colours cannot
+        fits = channels == 1 and all(inspection.images[file].grey for file in used)
+    if not fits:
+        files, images = used, []
+        for file in files:
+            pixels = inspection.images[file].pixels
+            if pixels.shape[:2] != image_size or pixels.shape[2] > channels:
+                pixels = read_image(file, channels, image_size, crop)
+            images.append(np.broadcast_to(pixels, (*image_size, channels)).transpose(2, 0, 1))
+        array = np.stack(images)
+    stacked = torch.from_numpy(array[:, :channels])
+    place = {file: i for i, file in enumerate(files)}
+    for name, split in splits.items():
+        rows = torch.tensor([place[file] for file in split.images])
+        splits[name] = Split(stacked, split.labels, split.names, rows)
+
+
+def _digest(splits: dict[str, Split]) -> str:
+    """SHA-256 of the names and sizes of the splits' files."""
+    listing = "".join(
+        f"{name}/{file_name}:{file.stat().st_size}\n"
+        for name, split in splits.items()
+        for file_name, file in zip(split.names, split.images, strict=True)
+    )
+    return hashlib.sha256(os.fsencode(listing)).hexdigest()
+
+
 def _load_set(name, wanted, val, fold, limit, like) -> Data:
+    """load() for a named set, whose images stay mapped from its files: nothing is copied."""
     folder = sets.ensure(name)
     splits = {}
-    for file in {"test" if split == "test" else "train" for split in wanted}:
+    for file in sorted({"test" if split == "test" else "train" for split in wanted}):
         path = folder / f"{file}.safetensors"
         try:
             with safe_open(path, framework="pt") as stored:
                 images, labels = stored.get_tensor("images"), stored.get_tensor("labels")
                 header = stored.metadata()
         except SafetensorError as error:
-            raise UserError(f"{path}: damaged ({error}); remove it to have it made anew") from error
-        parts = {file: torch.arange(len(labels))}
+            raise UserError(f"{path}: damaged ({error}); remove it, and it is made anew") from error
+        rows = {file: torch.arange(len(labels))}
         if file == "train":
-            away = validation_mask(labels, val, fold)
-            parts = {"train": (~away).nonzero().flatten(), "val": away.nonzero().flatten()}
-            parts = {s: rows[subset(labels[rows], limit, name)] for s, rows in parts.items()}
-        for split, rows in parts.items():
-            if split in wanted and len(rows):
-                names = [str(i) for i in rows.tolist()]
-                splits[split] = Split(images, labels[rows], names, rows)  # images: mapped, no copy
+            kept = validation_mask(labels, val, fold)
+            rows = {"train": (~kept).nonzero().flatten(), "val": kept.nonzero().flatten()}
+            rows = {split: part[subset(labels[part], limit)] for split, part in rows.items()}
+        for split, part in rows.items():
+            if split in wanted and len(part):
+                names = [str(i) for i in part.tolist()]
+                splits[split] = Split(images, labels[part], names, part)
     classes = json.loads(header["classes"])
-    if like and like["classes"] != classes:
-        raise UserError(
-            f"--data {name} has {len(classes)} classes ({classes[0]}, …), the weights were trained "
-            f"on {len(like['classes'])} ({like['classes'][0]}, …): give data with those classes"
-        )
     channels, *image_size = images.shape[1:]
-    if like and (channels, image_size) != (like["channels"], like["image_size"]):
+    if like:
+        _check_like(like, classes, [channels, *image_size])
+    sha256 = hashlib.sha256(header["source_sha256"].encode()).hexdigest()
+    return Data(name, classes, channels, tuple(image_size), 1.0, splits, sha256)
+
+
+def _check_like(like: dict, classes: list[str], shape: list[int]) -> None:
+    """Errors: UserError where the weights were trained on other classes, or on other shapes."""
+    if like["classes"] != classes:
         raise UserError(
-            f"--data {name}: pictures are {channels}x{image_size[0]}x{image_size[1]}, the weights "
-            f"were trained on {like['channels']}x{like['image_size'][0]}x{like['image_size'][1]}"
+            f"it has {len(classes)} classes ({classes[0]}, …), but the weights were trained on "
+            f"{len(like['classes'])} ({like['classes'][0]}, …): give data with those classes"
         )
-    digest = hashlib.sha256(header["source_sha256"].encode()).hexdigest()
-    return Data(name, classes, channels, tuple(image_size), 1.0, splits, digest)
+    trained = [like["channels"], *like["image_size"]]
+    if shape != trained:
+        raise UserError(
+            f"its images are {'x'.join(map(str, shape))}, but the weights were trained on "
+            f"{'x'.join(map(str, trained))}"
+        )

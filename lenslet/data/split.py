@@ -1,42 +1,57 @@
 """Which images are trained on, and which are kept for validation: always the same ones."""
 
+import hashlib
+import os
+
 import torch
 from torch import Tensor
 
 from lenslet.errors import UserError
 
 
+def split_by_hash(name: str) -> str:
+    """'train', 'val' or 'test', 80/10/10, for an image of a folder that has no splits of its own.
+
+    It depends on the file's name below that folder alone: adding an image moves no other.
+    """
+    first = hashlib.sha256(os.fsencode(name)).digest()[0]  # 0..255
+    return "test" if first < 25.6 else "val" if first < 51.2 else "train"
+
+
 def validation_mask(labels: Tensor, val: float, fold: str | None) -> Tensor:
-    """Mark what is validated on, as bool [N].  labels int64 [N]."""
+    """Mark the images to validate on, as bool [N]: the share `val`, or with fold "2/5" that part.
+
+    labels int64 [N].  Errors: UserError where a class has fewer images than there are folds.
+    """
     if not fold:
         return stratified(labels, val)
     number, count = map(int, fold.split("/"))
     least = labels.bincount(minlength=1).min().item()
     if least < count:
-        raise UserError(f"--fold {fold}: a class has {least} pictures, too few for {count} folds")
+        raise UserError(f"a class has {least} images, too few for {count} folds")
     return folds(labels, count) == number - 1
 
 
-def subset(labels: Tensor, limit: int | None, name: str) -> Tensor:
-    """The indices of `limit` pictures of all classes in their proportion, in order; None: of all.
+def subset(labels: Tensor, limit: int | None) -> Tensor:
+    """The indices of `limit` images of all classes in their proportion, in order; None: of all.
 
-    labels int64 [N].
+    labels int64 [N].  Errors: UserError where there are more classes than that.
     """
     if limit is None or limit >= len(labels):
         return torch.arange(len(labels))
     counts = labels.bincount()
-    if limit < (counts > 0).sum():
-        raise UserError(f"--data {name}: {limit} pictures are fewer than there are classes")
-    # Each class's first picture, then whatever class has the smallest share so far.
+    if limit < (classes := int((counts > 0).sum())):
+        raise UserError(f"{limit} images are too few for {classes} classes")
+    # Each class's first image, then of whatever class has the smallest share so far.
     share = ranks(labels) / counts[labels]
     return share.argsort(stable=True)[:limit].sort().values
 
 
 def ranks(labels: Tensor) -> Tensor:
-    """Each picture's place among those of its class, 0…, in an order that is always the same.
+    """Each image's place among those of its class, 0…, in a random order that is always the same.
 
-    labels int64 [N]; int64 [N].  The seed is not the run's own: two runs must be judged on the same
-    pictures.
+    labels int64 [N]; returns int64 [N].  The seed is fixed, and not the run's own: runs can only be
+    compared on the same validation images.
     """
     generator = torch.Generator().manual_seed(0)
     places = torch.empty_like(labels)
@@ -54,8 +69,9 @@ def stratified(labels: Tensor, share: float) -> Tensor:
 
 
 def folds(labels: Tensor, count: int) -> Tensor:
-    """The fold of each picture, 0..count-1, int64 [N]; of one size but for 1, each class in each
-    as evenly as can be.  labels int64 [N].
+    """The fold of each image, 0..count-1, int64 [N].  labels int64 [N].
+
+    Fold sizes differ by 1 at most, and so does the number of each class in them.
     """
     sizes = labels.bincount()
     return (ranks(labels) + (sizes.cumsum(0) - sizes)[labels]) % count
