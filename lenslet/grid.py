@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def draw_grid(images: Tensor, captions: list[str], wrong: list[bool] | None = None) -> Tensor:
-    """A grid of pictures with a caption below each, uint8 [3, H', W'].
+    """A grid of images with a caption below each, uint8 [3, H', W'].
 
-    images uint8 [N, C, H, W]; wrong: captions to be set in red.
+    images uint8 [N, 1 or 3, H, W]; wrong: whose captions are red.
     """
     tile, line, font = 112, 30, ImageFont.load_default(11)
     across = min(8, len(images))
     down = -(-len(images) // across)
     sheet = Image.new("RGB", (across * (tile + 8) + 8, down * (tile + line) + 8), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (picture, caption) in enumerate(zip(images, captions, strict=True)):
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, upper = 8 + i % across * (tile + 8), 8 + i // across * (tile + line)
-        pixels = picture.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
+        pixels = image.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
         scale = tile / max(pixels.shape[:2])
         shape = (round(pixels.shape[1] * scale), round(pixels.shape[0] * scale))
         method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR

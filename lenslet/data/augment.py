@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from lenslet.distributed.determinism import uniform
+from lenslet.distributed.determinism import derive, uniform
 
-# What --augment means: move (small pictures are shifted, photographs cropped at random) and flip;
-# trivial and rand add operations of torchvision's to it, see Augment.
+# kind → (move, flip).  Small images are moved by shifting them, photographs by cropping them at
+# random; trivial and rand also use operations of torchvision's, see Augment.
 AUGMENTATIONS = {
     "none": (False, False),
     "light": (True, False),
@@ -17,15 +17,15 @@ AUGMENTATIONS = {
 
 
 class Augment:
-    """Random changes to a batch, which follow from the seed, the epoch and the pictures' indices.
+    """Random changes to a batch, which follow from the seed, the epoch and the images' indices.
 
     kind: a key of AUGMENTATIONS: trivial adds one random operation (TrivialAugment: Müller, Hutter
         2021, arXiv:2103.10158), rand two (RandAugment: Cubuk et al. 2019, arXiv:1909.13719).
     decoded: photographs, which their decoder has cropped already.
-    erase: share of the pictures that lose a rectangle (Zhong et al. 2017, arXiv:1708.04896).
+    erase: share of the images that lose a rectangle (Zhong et al. 2017, arXiv:1708.04896).
     mixup, cutmix: 0, or how evenly pairs are mixed (alpha), whole or by a rectangle (Zhang et al.
-        2017, arXiv:1710.09412; Yun et al. 2019, arXiv:1905.04899); with both, each every other
-        time or so.
+        2017, arXiv:1710.09412; Yun et al. 2019, arXiv:1905.04899); with both, either is
+        drawn for each batch.
     fill: what erased and uncovered parts show, a number in 0..1 for each channel.
     """
 
@@ -48,36 +48,33 @@ class Augment:
     def __call__(self, images: Tensor, targets: Tensor, epoch: int, index: Tensor) -> tuple:
         """New images uint8 [B, C, H, W] and targets float [B, classes]; index int64 [B].
 
-        A picture is mixed with its neighbour in the batch, its targets alike.  torchvision draws
-        from torch's global generator, which is seeded here for each picture and then for the batch.
+        An image is mixed with its neighbour in the batch, its targets alike.  torchvision draws
+        from torch's global generator, which is seeded here for each image and then for the batch.
         """
         images = augment(images, self.kind, self.decoded, self.seed, epoch, index)
         if self.each:
             changed = []
-            for picture, i in zip(images, index.tolist(), strict=True):
-                torch.default_generator.manual_seed(self._key(epoch, i))
+            for image, i in zip(images, index.tolist(), strict=True):
+                torch.default_generator.manual_seed(derive(self.seed, epoch, i))
                 for change in self.each:
-                    picture = change(picture)
-                changed.append(picture)
+                    image = change(image)
+                changed.append(image)
             images = torch.stack(changed)
         if self.mixers and len(index) > 1:
-            # A negative number, which is no picture's.
-            torch.default_generator.manual_seed(self._key(epoch, ~index[0].item()))
+            # ~i is negative, so it is no other image's index.
+            torch.default_generator.manual_seed(derive(self.seed, epoch, ~index[0].item()))
             mixer = self.mixers[torch.randint(len(self.mixers), ())]
             images, targets = mixer(images.float(), targets)
             images = images.round().to(torch.uint8)
         return images, targets
 
-    def _key(self, epoch: int, i: int) -> int:
-        return ((self.seed * 1_000_003 + epoch) * 1_000_003 + i) % 2**63
-
 
 def augment(images: Tensor, kind: str, decoded: bool, seed: int, epoch: int, index: Tensor):
-    """Randomly shifted and mirrored copies of a uint8 batch [B, C, H, W], one draw a picture.
+    """Randomly shifted and mirrored copies of a uint8 batch [B, C, H, W], one draw an image.
 
     kind: a key of AUGMENTATIONS.  decoded: photographs, which their decoder has cropped already.
-    Shifts are up to 1/14 of the side (2 pixels of 28 or 32), the border reflected.  Every picture
-    is mirrored in every other epoch, which ones first being drawn: two epochs show it both ways,
+    Shifts are up to 1/14 of the side (2 pixels of 28 or 32), the border reflected.  Every image is
+    mirrored in every other epoch, beginning with one that is drawn: two epochs show it both ways,
     where a new draw in each would repeat half of them (Jordan 2024, arXiv:2404.00498).
     """
     move, flip = AUGMENTATIONS[kind]
@@ -86,43 +83,43 @@ def augment(images: Tensor, kind: str, decoded: bool, seed: int, epoch: int, ind
         mirrored = (uniform(seed, -1, index, 1)[:, 0] < 0.5) ^ (epoch % 2 == 1)
     if move and not decoded:
         side = min(images.shape[2:])
-        reach = min(max(1, round(side / 14)), side - 1)
-        shifts = (uniform(seed, epoch, index, 2) * (2 * reach + 1)).long() - reach
+        most = min(max(1, round(side / 14)), side - 1)
+        shifts = (uniform(seed, epoch, index, 2) * (2 * most + 1)).long() - most
         return _shift(images, *shifts.unbind(1), mirrored)
     return torch.where(mirrored[:, None, None, None], images.flip(3), images) if flip else images
 
 
 def _shift(images: Tensor, down: Tensor, across: Tensor, mirrored: Tensor) -> Tensor:
-    """Windows of the pictures with reflected borders: of [B, C, H, W] by int64 [B], bool [B].
+    """Images [B, C, H, W] shifted by int64 [B] pixels, borders reflected, and mirrored: bool [B].
 
-    One look-up does all of it, which takes half the time of padding, cutting and mirroring.
+    One gather does all of it, which takes half the time of padding, cutting and mirroring.
     """
     height, width = images.shape[2:]
 
     def positions(offset, side):  # [B, side]
-        at = (torch.arange(side, device=images.device) + offset[:, None]).abs()
-        return torch.where(at < side, at, 2 * (side - 1) - at)
+        place = (torch.arange(side, device=images.device) + offset[:, None]).abs()
+        return torch.where(place < side, place, 2 * (side - 1) - place)
 
     columns = positions(across, width)
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    at = positions(down, height)[:, :, None] * width + columns[:, None]  # [B, H, W]
-    at = at.flatten(1)[:, None].expand(-1, images.shape[1], -1)
-    return images.flatten(2).gather(2, at).view(images.shape)
+    pixels = positions(down, height)[:, :, None] * width + columns[:, None]  # [B, H, W]
+    pixels = pixels.flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    return images.flatten(2).gather(2, pixels).view(images.shape)
 
 
 def tta_views(images: Tensor, kind: str, decoded: bool) -> list[tuple[float, Tensor]]:
-    """What a network that was trained with augment() may also be shown of the same pictures.
+    """Copies of the same images that a network trained with augment() has learned to recognise.
 
-    (weight, uint8 [B, C, H, W]) of each, whose answers are to be averaged: both of mirrored and
-    not; half of the weight for the pictures where they are, and half for shifts by one pixel to
-    the upper left and lower right (after airbench94: Jordan 2024, arXiv:2404.00498).
+    (weight, uint8 [B, C, H, W]) of each, over whose answers the mean is taken: the images as they
+    are and mirrored, with half of the weight, and the same shifted by one pixel to the upper left
+    and to the lower right (after airbench94: Jordan 2024, arXiv:2404.00498).
     """
     move, flip = AUGMENTATIONS[kind]
-    found = [(1.0, images)]
+    views = [(1.0, images)]
     if move and not decoded and min(images.shape[2:]) > 1:
         one = torch.ones(len(images), dtype=torch.int64, device=images.device)
         shifted = [_shift(images, by, by, one < 0) for by in (-one, one)]
-        found = [(0.5, images), *((0.25, view) for view in shifted)]
+        views = [(0.5, images), *((0.25, view) for view in shifted)]
     if flip:
-        found = [(share / 2, x) for share, view in found for x in (view, view.flip(3))]
-    return found
+        views = [(weight / 2, x) for weight, view in views for x in (view, view.flip(3))]
+    return views

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 
 class Prepare(nn.Module):
-    """uint8 pictures [B, C, H, W] to what a network is fed: float32 [B, C, h, w], channels last.
+    """uint8 images [B, C, H, W] to what a network is fed: float32 [B, C, h, w], channels last.
 
-    mean, std: of each channel, 0..1 scale.  input_size (h, w): resized to it (bilinear,
-    anti-aliased) where the pictures differ.  The one preprocessing of all commands.
+    mean, std: of each channel, 0..1 scale.  input_size (h, w): images of another size are resized
+    to it (bilinear, anti-aliased).
     """
 
     def __init__(self, mean: list[float], std: list[float], input_size: tuple[int, int]):
@@ -21,7 +21,7 @@ class Prepare(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        # Channels are moved last at the end: where they are, three means cannot be vectorised.
+        # Channels are moved last only here: arithmetic on three at a time cannot be vectorised.
         images = images.float().sub_(self.mean).div_(self.std)
         images = images.contiguous(memory_format=torch.channels_last)
         if images.shape[2:] != self.input_size:
@@ -29,7 +29,7 @@ class Prepare(nn.Module):
         return images
 
     def undo(self, images: Tensor) -> Tensor:
-        """What the network was fed as uint8 pictures [B, C, h, w], to look at."""
+        """What the network was fed, as uint8 images [B, C, h, w] to show."""
         return (images.float() * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
 
 
