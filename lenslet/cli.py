@@ -24,6 +24,10 @@ def command(script: str, *words) -> str:
     )
 
 
+BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
+RENAMED = {"picture-weights": "image-weights"}  # what older files call an option
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and which names the option nearest to a misspelt one."""
 
@@ -53,34 +57,55 @@ def create_parser(description: str) -> Parser:
     return Parser(description=description, allow_abbrev=False, formatter_class=Formatter)
 
 
-def parse(parser: Parser, argv: list[str] | None, recipe: str | None = None):
-    """Options from, each over the one before: defaults, recipes/<recipe>.yaml, --config, argv.
+def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """The options of a command that has no --config; argv None: of the command line."""
+    return parser.parse_args(_words(argv))
 
-    Errors: UserError naming the file or option.
+
+def explicit(parser: Parser, argv: list[str] | None) -> dict:
+    """Only the options that argv gives, without any default: {name: value}."""
+    unset = object()
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    empty = argparse.Namespace(**dict.fromkeys(names, unset))
+    values = vars(parser.parse_args(_words(argv), empty))
+    return {name: value for name, value in values.items() if value is not unset}
+
+
+def read_config(parser: Parser, name: str | Path) -> dict:
+    """Only the options that a file gives (or recipes/<name>.yaml): {name: value}.
+
+    Errors: UserError naming the file and the option.
     """
-    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    given = parser.parse_args(argv)
-    words = []
-    for config in (recipe, getattr(given, "config", None)):
-        if config:
-            path = find_config(config)
-            found = config_words(parser, path)
-            parser.origin = f"{path}: "
-            parser.parse_args(found)
-            parser.origin = ""
-            words += found
-    return parser.parse_args(words + argv)
+    path = find_config(name)
+    words = config_words(parser, path)
+    parser.origin = f"{path}: "
+    try:
+        return explicit(parser, words)
+    finally:
+        parser.origin = ""
 
 
-def find_config(name: str) -> Path:
+def layered(parser: Parser, *layers: dict) -> argparse.Namespace:
+    """All options: the defaults, and each layer over those before it."""
+    values = {a.dest: a.default for a in parser._actions if a.dest != "help"}
+    for layer in layers:
+        values |= layer
+    return argparse.Namespace(**values)
+
+
+def _words(argv: list | None) -> list[str]:
+    return sys.argv[1:] if argv is None else [str(word) for word in argv]
+
+
+def find_config(name: str | Path) -> Path:
     """A --config file, or the recipe of that name."""
     path = Path(name)
-    if not path.is_file() and path.name == name:
-        path = files.RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    if not path.is_file() and path.name == str(name):
+        path = files.RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in files.RECIPES.glob("*.yaml"))
         raise UserError(
-            f"--config {name}: no such file or recipe{nearest(name, known)}; "
+            f"--config {name}: no such file or recipe{nearest(str(name), known)}; "
             f"the recipes are {', '.join(known)}"
         )
     return path
@@ -101,6 +126,7 @@ def config_words(parser: Parser, path: Path) -> list[str]:
     for key, value in entries.items():
         if key == "config":
             raise UserError(f"{path}: config: a file cannot name another one")
+        key = RENAMED.get(key, key)
         action = parser._option_string_actions.get(f"--{key}")
         if isinstance(action, argparse.BooleanOptionalAction) and str(value).lower() in BOOLEANS:
             words.append(f"--{key}" if BOOLEANS[value.lower()] else f"--no-{key}")
@@ -113,11 +139,8 @@ def config_words(parser: Parser, path: Path) -> list[str]:
     return words
 
 
-BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
-
-
 def stored(args: argparse.Namespace) -> dict:
-    """The options that a run is told by, where they came from left out."""
+    """The options that a run is made of: all but those that say where to read them."""
     return {key: value for key, value in vars(args).items() if key not in ("config", "resume")}
 
 
@@ -149,47 +172,64 @@ def number(kind, least, most=float("inf"), above=False):
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of '90s', '5m' or '2h', as an argparse type."""
+    """An argparse type: the seconds of '90s', '5m' or '2h'."""
     amount, unit = text[:-1], {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
     if not unit:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time like 90s, 5m or 2h")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time like 90s, 5m or 2h")
     return number(float, 0, above=True)(amount) * unit
 
 
-def steps_or_time(text: str) -> str:
-    """An argparse type: a number of steps, or a duration(); as it was written."""
-    number(int, 1)(text) if text.isdecimal() else parse_duration(text)
-    return text
+def as_written(convert):
+    """An argparse type that checks a value with convert() and keeps it as it was written."""
+
+    def check(text):
+        convert(text)
+        return text
+
+    return check
 
 
-def time_span(text: str) -> str:
-    """An argparse type: a duration(), as it was written."""
-    parse_duration(text)
-    return text
+def steps_or_time(text: str) -> float:
+    """An argparse type: a number of steps ('500'), or a duration in seconds ('90s')."""
+    return number(int, 1)(text) if text.isdecimal() else parse_duration(text)
 
 
-def steps_or_percent(text: str) -> str:
-    """An argparse type: a number of steps (500) or a share of all (20%), as it was written."""
-    number(float, 0, 100)(text[:-1]) if text.endswith("%") else number(int, 0)(text)
-    return text
+def steps_or_percent(text: str) -> float:
+    """An argparse type: a number of steps ('500'), or a share of them all ('20%')."""
+    return number(float, 0, 100)(text[:-1]) if text.endswith("%") else number(int, 0)(text)
+
+
+def fold(text: str) -> tuple[int, int]:
+    """An argparse type: '2/5' as (2, 5)."""
+    part, slash, parts = text.partition("/")
+    if not slash:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fold like 2/5")
+    count = number(int, 2)(parts)
+    return number(int, 1, count)(part), count
+
+
+def alpha(text: str) -> float:
+    """An argparse type: 0, or a parameter that a Beta distribution can be drawn with."""
+    value = number(float, 0, 100)(text)
+    return value and number(float, 0.01)(text)
 
 
 def add_weights_option(parser: Parser) -> None:
     """Which weights to use."""
-    help = "a model.safetensors (default: the newest run's)"
-    parser.add_argument("--weights", metavar="FILE", help=help)
+    help = "a model.safetensors or a run folder (default: the newest run)"
+    parser.add_argument("--weights", metavar="PATH", help=help)
 
 
 def add_running_options(parser: Parser):
     """The options of every command that runs a network over a data set; adds more to them."""
     add = parser.add_argument_group("running").add_argument
-    help = "auto: bf16 where processor or GPU have it; one given to `accelerate launch` wins"
+    help = "auto: bf16 where the processor or GPU has it; `accelerate launch`'s own choice wins"
     add("--precision", choices=["auto", "no", "fp16", "bf16"], default="auto", help=help)
-    help = "processes that decode photographs (default: as many as cores, at most 8)"
+    help = "processes that decode photographs (default: one per core, at most 8)"
     add("--workers", metavar="N", type=number(int, 0), help=help)
-    help = "of a process (default: its share of the cores); another number gives other last bits"
+    help = "threads per process (default: its share of the cores); changes the last bits of results"
     add("--threads", metavar="N", type=number(int, 1), help=help)
-    help = "leave out picture files that cannot be read, instead of stopping with their list"
+    help = "leave out image files that cannot be read, instead of stopping with a list of them"
     flag = argparse.BooleanOptionalAction
     add("--skip-broken", action=flag, default=False, help=help)
     return add

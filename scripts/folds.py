@@ -1,4 +1,4 @@
-"""Train once for every fold of the training pictures; the mean and deviation of what they reach.
+"""Train once for every fold of the training images; the mean and deviation of what they reach.
 
     make folds K=5 DATA=digits
     python scripts/folds.py --folds 5 --data my/pictures --epochs 20
@@ -15,15 +15,9 @@ from pathlib import Path
 
 import _root  # noqa: F401
 from lenslet import files
-from lenslet.cli import Parser, create_parser, number, parse
-from lenslet.data.load import choose_data
-from lenslet.errors import OutsideError, UserError, run_main
-from lenslet.files import atomic_write
-from lenslet.runs import folder as run_folder
-from lenslet.runs import launch
-from lenslet.runs.run import differences
+from lenslet.cli import Parser, create_parser, number
+from lenslet.errors import OutsideError, UserError, error_context, run_main
 from lenslet.training import options
-from lenslet.training.options import complete, run_name
 
 FIGURES = ("val_accuracy", "val_f1", "val_loss")
 
@@ -40,32 +34,41 @@ def build_parser() -> Parser:
 
 def main(argv=None) -> int:
     args, words = build_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
-    parser = options.build_parser()
-    typed = parse(parser, words)
+    given = options.parse(words)
     for option in ("fold", "overfit", "resume"):
-        if getattr(typed, option):
-            raise UserError(f"--{option} is of one training; leave it out for folds")
-    # Mistakes end here, before the first training.
-    complete(parser, typed, words, typed.data or "cifar10")
+        if given.get(option):
+            raise UserError(f"--{option} is for a single training; leave it out")
 
-    words += ["--data", choose_data(typed.data)]
+    # These import torch, which takes a second.
+    from lenslet.data.load import RECIPES, choose_data, recipe_for
+    from lenslet.files import atomic_write
+    from lenslet.runs import launch
+    from lenslet.runs.folder import newest_finished
+
+    name, recipe = given.get("data"), None
+    with error_context(f"--data {name}"):
+        recipe = recipe_for(name or "cifar10") if options.needs_recipe(given) else None
+        wanted = options.complete(given, name or "cifar10", recipe)  # mistakes end here
+        data = choose_data(name)
+    if not name and recipe:
+        recipe = RECIPES[data]
     summaries = []
     for k in range(1, args.folds + 1):
-        mine = [*words, "--fold", f"{k}/{args.folds}"]
-        wanted = complete(parser, parse(parser, mine), mine, words[-1])
-        name = run_name(wanted).rpartition("-fold-")[0]
-        folder = Path(args.output or files.RUNS / f"{name}-{args.folds}-folds")
+        wanted = options.complete(given | {"fold": f"{k}/{args.folds}"}, data, recipe)
+        run_name = options.run_name(wanted).rpartition("-fold-")[0]
+        folder = Path(args.output or files.RUNS / f"{run_name}-{args.folds}-folds")
         fold = folder / f"fold-{k}"
-        run = finished(fold, partial(differences, parser, args=wanted))
+        run = newest_finished(fold, partial(options.differences, args=wanted))
         if not run:
-            status = launch.run_training([*mine, "--output", fold], args.processes)
-            if status in (2, 130, 143):  # which it has told about
+            mine = ["--data", data, "--fold", f"{k}/{args.folds}", "--output", fold]
+            status = launch.run_training([*words, *mine], args.processes)
+            if status in (2, 130, 143):  # it has said why
                 return status
             if status:
                 raise OutsideError(
-                    f"fold {k} ended with status {status}; mended, the same command goes on"
+                    f"fold {k} ended with status {status}; once mended, the same command goes on"
                 )
-            run = finished(fold)
+            run = newest_finished(fold)
         summaries.append(json.loads((run / "metrics.json").read_text())["summary"])
 
     table = {
@@ -87,13 +90,6 @@ def main(argv=None) -> int:
     )
     print(f"folds: {folder}")
     return 0
-
-
-def finished(folder: Path, compare=lambda run: "") -> Path | None:
-    """The newest finished run of a name whose options compare() finds no difference in, if any."""
-    runs = [run for run in run_folder.numbered(folder) if run_folder.is_finished(run)]
-    runs = [run for run in runs if not compare(run)]
-    return max(runs, key=lambda run: (run / "metrics.json").stat().st_mtime, default=None)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,15 @@ from pathlib import Path
 
 import _root  # noqa: F401
 from lenslet.cli import Parser, as_yaml, create_parser, parse
-from lenslet.distributed.determinism import environment
-from lenslet.distributed.start import cores, start_processes
 from lenslet.errors import OutsideError, UserError, run_main
-from lenslet.runs import folder as run_folder
-from lenslet.runs import launch
-from lenslet.weights import read_header
 
 
 def build_parser() -> Parser:
     parser = create_parser(__doc__)
-    parser.add_argument("weights", nargs="?", help="a run's model.safetensors (default: newest)")
-    help = "a folder with the same pictures (default: where they were)"
+    parser.add_argument(
+        "weights", nargs="?", help="a run, or its model.safetensors (default: newest)"
+    )
+    help = "a folder with the same images (default: where they were)"
     parser.add_argument("--data", metavar="DIR", help=help)
     help = "run folder (default: <the run's>-reproduced)"
     parser.add_argument("--output", metavar="DIR", help=help)
@@ -46,17 +43,25 @@ def words_for(weights: Path, header: dict, args, config: Path) -> list:
 
 def main(argv=None) -> int:
     args = parse(build_parser(), argv)
+
+    # These import torch, which takes a second.
+    from lenslet.distributed.determinism import environment
+    from lenslet.distributed.start import cores, start_processes
+    from lenslet.runs import folder as run_folder
+    from lenslet.runs import launch
+    from lenslet.weights import read_header
+
     weights = run_folder.weights_path(args.weights)
     header = read_header(weights)
     if "digests" not in header:
-        raise UserError(f"{weights}: written before digests were kept; nothing to compare with")
+        raise UserError(f"{weights}: has no digests to compare with, as it was written before them")
     args.output = args.output or f"{weights.resolve().parent}-reproduced"
 
-    # What may make a difference, before it is waited for.
+    # What may make a difference, said before the training.
     start_processes(header["threads"])
     for key, now in environment(header["precision"]).items():
         before = header[key]
-        if key != "processes" and before != now:  # as many processes as then are started below
+        if key != "processes" and before != now:  # which is set below
             print(f"{key} was {before}, is {now}: the bits may differ")
     if header["threads"] > cores():
         print(f"{header['threads']} threads, as then, though there are {cores()} cores")
@@ -67,12 +72,11 @@ def main(argv=None) -> int:
         config.write_text(as_yaml(header["options"]))
         words = words_for(weights, header, args, config)
         status = launch.run_training(words, header["processes"], header["threads"])
-    if status in (2, 130, 143):  # which it has told about
+    if status in (2, 130, 143):  # it has said why
         return status
     if status and not header["options"].get("overfit"):  # where 1 is a verdict
         raise OutsideError(f"training again ended with status {status}; the same command goes on")
-    runs = [run for run in run_folder.numbered(args.output) if (run / "metrics.json").exists()]
-    again = max(runs, key=lambda run: (run / "metrics.json").stat().st_mtime)
+    again = run_folder.newest_finished(args.output)
     records = json.loads((again / "metrics.json").read_text())["epochs"]
 
     # Compare.
@@ -80,8 +84,8 @@ def main(argv=None) -> int:
     for (step, digest), record in zip(header["digests"], records, strict=False):
         if (step, digest) != (record["step"], record["weights_sha256"]):
             print(
-                f"the weights part after step {last_equal}: they are equal there, and no longer at "
-                f"step {step}, the end of epoch {record['epoch']}"
+                f"the weights are equal after step {last_equal}, and differ at step {step}, the end "
+                f"of epoch {record['epoch']}"
             )
             return 1
         last_equal = step

@@ -9,8 +9,16 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 
+def derive(seed: int, *counters: int) -> int:
+    """A seed for what happens at these counts (epoch, step, image): 0..2^63 - 1."""
+    for counter in counters:
+        seed = seed * 1_000_003 + counter
+    return seed % 2**63
+
+
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    """What the order of an epoch's images is drawn from."""
+    return torch.Generator().manual_seed(derive(seed, epoch))
 
 
 def uniform(seed: int, epoch: int, index: Tensor, draws: int) -> Tensor:
@@ -29,7 +37,7 @@ def uniform(seed: int, epoch: int, index: Tensor, draws: int) -> Tensor:
 
 
 def environment(precision: str) -> dict:
-    """What else than the options has a say in the last bits of a result."""
+    """What affects the last bits of a result besides the options."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
@@ -45,7 +53,7 @@ def environment(precision: str) -> dict:
 
 
 def compute_deterministically() -> None:
-    """Have a GPU take the same bits' way every time; before anything has run on it."""
+    """Make a GPU compute the same bits every time; call it before anything has run there."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing reads it
@@ -55,11 +63,11 @@ def compute_deterministically() -> None:
 def fix_reduction_order(
     model: torch.nn.Module, images: torch.Tensor, accelerator: Accelerator
 ) -> None:
-    """Have several processes add gradients up in the same order from the first step on.
+    """Make several processes add up gradients in the same order from the first step on.
 
-    DistributedDataParallel rearranges them once, after its first backward pass, and with more than
-    two processes the order of a sum shows in its last bits: a run that goes on would differ.
-    images: what the network is fed; nothing is learned from them.
+    DistributedDataParallel rearranges its buckets once, after its first backward pass, and with
+    more than two processes the order of a sum shows in its last bits: a resumed run would differ.
+    images: as the network is fed them; nothing is learned from them.
     """
     if accelerator.num_processes > 1:
         buffers = [buffer.clone() for buffer in model.buffers()]
@@ -69,9 +77,10 @@ def fix_reduction_order(
             buffer.copy_(before)
 
 
-def seed_step(seed: int, step: int, rank: int, world: int, device: torch.device) -> None:
-    """Have what dropout draws depend on the step and the process, and on nothing before."""
-    key = ((seed * 1_000_003 + step) * world + rank) % 2**63
+def seed_step(seed: int, step: int, accelerator: Accelerator) -> None:
+    """Make what dropout draws depend on the step and the process, and on nothing before."""
+    world, rank = accelerator.num_processes, accelerator.process_index
+    key = (derive(seed, step) * world + rank) % 2**63
     torch.default_generator.manual_seed(key)  # torch.manual_seed is 0.1 ms slower without a GPU
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(key)
+    if accelerator.device.type != "cpu":
+        torch.get_device_module(accelerator.device).manual_seed(key)

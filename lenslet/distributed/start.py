@@ -121,23 +121,23 @@ def decoding_workers(asked: int | None) -> int:
 
 
 def create_accelerator(asked: str, otherwise: str = "auto") -> Accelerator:
-    """The Accelerator for --precision, after launch(); see choose_precision().
+    """The Accelerator for a precision, after start_processes(); see choose_precision().
 
     Errors: UserError where the device cannot compute in that precision.
     """
     device = PartialState().device.type
     precision = choose_precision(asked, device, otherwise)
     if (precision, device) == ("fp16", "cpu"):  # Accelerate would silently compute in float32
-        raise UserError("fp16 is not for a CPU: give --precision no, or launch without it")
+        raise UserError("fp16 does not run on a CPU: choose the precision no or bf16")
     try:
-        # Buffers are averaged once an epoch (see sync_buffers), not sent at every step.  The newer
-        # name of this setting, which the warning asks for, is not in torch 2.10.
+        # Buffers are averaged once an epoch (Net.average_buffers), not sent at every step.  The
+        # newer name of this setting, which the warning asks for, is not in torch 2.11.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
         plain = DistributedDataParallelKwargs(broadcast_buffers=False)
         return Accelerator(mixed_precision=precision, kwargs_handlers=[plain])
     except (ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--precision {precision}: {reason}; try --precision auto") from error
+        raise UserError(f"precision {precision}: {reason}; try auto") from error
 
 
 def choose_precision(asked: str, device: str, otherwise: str = "auto") -> str:

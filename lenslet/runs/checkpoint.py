@@ -15,7 +15,7 @@ from lenslet.files import sync_folder, write_to_disk
 from lenslet.weights import storable
 
 FORMAT = "lenslet-checkpoint"
-VERSION = "3"
+VERSION = "4"
 
 
 def save_checkpoint(
@@ -70,7 +70,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         fault = _fault(path)
         if not fault:
             return path, notes
-        notes.append(f"{path} is damaged ({fault}) and left alone")
+        notes.append(f"{path} cannot be used ({fault})")
     return None, notes
 
 
@@ -94,7 +94,7 @@ def _fault(path: Path) -> str:
     try:
         manifest = json.loads((path / name).read_text())
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
-            return f"not of format {FORMAT}, version {VERSION}"
+            return f"of another version of this code: {manifest['version']}, not {VERSION}"
         if missing := {"state.json", "state.safetensors"} - manifest["files"].keys():
             return f"its manifest lacks {' and '.join(sorted(missing))}"
         for name, (size, sha256) in manifest["files"].items():

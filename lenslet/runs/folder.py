@@ -20,12 +20,12 @@ LOCKS = []  # open files: a lock lasts as long as the process
 
 
 def claim(folder: str | Path, compare, resume: bool = True) -> tuple[Path, Path | None, list[str]]:
-    """Lock the folder that is to be trained in.
+    """Lock the folder to train in.
 
-    The newest unfinished run of this name whose options are the same is continued, if `resume` says
-    so; otherwise the first free one of folder, folder-2, folder-3, … is made.
+    With resume, the newest unfinished run of this name that has the same options goes on; otherwise
+    the first free one of folder, folder-2, folder-3, … is made.
 
-    compare(run): in words, how the options of a run differ from those given; '' where they do not.
+    compare(run): in words, how a run's options differ from those given; '' if they do not.
 
     Returns the folder, the checkpoint to go on from (None: begin), and what the user should know.
     Errors: UserError for a run that is being trained, and a folder that cannot be made.
@@ -36,27 +36,27 @@ def claim(folder: str | Path, compare, resume: bool = True) -> tuple[Path, Path 
             continue
         if different := compare(run):
             if not notes:
-                notes = [f"{run} is unfinished, but not with these options ({different}): new run"]
+                notes = [f"{run} is unfinished but has other options ({different}): new run"]
             continue
         run, checkpoint, damaged = lock_unfinished(run)
         if checkpoint or not (run / "model.safetensors").exists():
             return run, checkpoint, damaged
         LOCKS.pop().close()
-        notes += [*damaged, f"{run} has weights but no whole checkpoint: new run"]
+        notes.append("; ".join([*damaged, f"{run} has weights but no usable checkpoint: new run"]))
     for number in itertools.count(1):
         run = _run(folder, number)
         try:
             if run.is_dir():
                 if not os.access(run, os.R_OK | os.W_OK | os.X_OK):
-                    raise UserError(f"--output {run}: no permission; name another folder")
+                    raise UserError(f"{run}: no permission; name another folder")
                 if any(not path.name.startswith(".") for path in run.iterdir()):
                     continue
             run.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
-            raise UserError(f"--output {run} is a file: name a folder") from error
+            raise UserError(f"{run} is a file; name a folder") from error
         except OSError as error:
             reason = f"cannot be written ({error.strerror}); name another folder"
-            raise UserError(f"--output {run}: {reason}") from error
+            raise UserError(f"{run}: {reason}") from error
         with contextlib.suppress(files.Locked):
             LOCKS.append(files.lock(run))
             return run, None, notes
@@ -68,7 +68,7 @@ def lock_unfinished(run: Path) -> tuple[Path, Path | None, list[str]]:
         LOCKS.append(files.lock(run))
     except files.Locked as holder:
         raise UserError(
-            f"{run} is being trained by {holder}: wait for it, or begin another with --no-resume"
+            f"{run} is being trained by {holder}: wait for it, or start another with --no-resume"
         ) from None
     # What a crash left of files that were being written.
     for aside in [*run.glob(".*.*"), *run.glob("epochs/.*.*")]:
@@ -79,10 +79,10 @@ def lock_unfinished(run: Path) -> tuple[Path, Path | None, list[str]]:
 
 
 def resume(run: Path) -> tuple[Path, Path | None, list[str]]:
-    """continued() for a run that was asked for by name.  Errors: UserError where it cannot be."""
+    """lock_unfinished() for a run that was named.  Errors: UserError if it cannot be resumed."""
     run, checkpoint, damaged = lock_unfinished(run)
     if not checkpoint and (run / "model.safetensors").exists():
-        raise UserError(". ".join([*damaged, f"--resume {run}: no whole checkpoint to go on from"]))
+        raise UserError("; ".join([*damaged, f"{run} has no usable checkpoint to resume from"]))
     return run, checkpoint, damaged
 
 
@@ -92,15 +92,6 @@ def is_finished(run: Path) -> bool:
         return json.loads((run / "metrics.json").read_text())["summary"].get("finished", True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def find(path: str) -> Path:
-    """The run that --resume names, itself or by something in it.  Errors: UserError."""
-    here = Path(path).resolve()
-    for run in (here, *here.parents):
-        if (run / "options.yaml").is_file():
-            return run
-    raise UserError(f"--resume {path}: no run (a folder with options.yaml) is there")
 
 
 def numbered(folder: str | Path) -> list[Path]:
@@ -115,6 +106,12 @@ def numbered(folder: str | Path) -> list[Path]:
 
 def _run(folder: str | Path, number: int) -> Path:
     return Path(folder) if number == 1 else Path(f"{folder}-{number}")
+
+
+def newest_finished(folder: str | Path, compare=lambda run: "") -> Path | None:
+    """The finished run of this name that ended last and that compare() does not object to."""
+    runs = [run for run in numbered(folder) if is_finished(run) and not compare(run)]
+    return max(runs, key=lambda run: (run / "metrics.json").stat().st_mtime, default=None)
 
 
 def point_latest(run: Path) -> None:

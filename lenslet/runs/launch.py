@@ -1,4 +1,4 @@
-"""Trainings that another command starts, as processes of their own."""
+"""Training runs that another command starts, as processes of their own."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from lenslet import files
 
 
 def run_training(words: list, processes: int = 1, threads: int | None = None) -> int:
-    """Run scripts/train.py with these options to its end; its exit status.
+    """Run scripts/train.py with these options to its end, and return its exit status.
 
     A signal is passed on, so that training saves and ends.  threads: of each process.
     """

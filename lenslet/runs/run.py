@@ -1,166 +1,374 @@
-"""How an interrupted run goes on where it was, and ends with the same bits.
+"""A training run: how far it is, what it saves, and how it goes on after a crash.
 
-A checkpoint holds what the next step depends on: the weights and the optimizer, how far the run is,
-and on several processes each one's batch-norm statistics.  All that is random follows from the seed
-and the step, and the learning rate from the step.
+A checkpoint holds everything that the next step depends on: Progress, the meter's sums, the weights
+and the optimizer, and on several processes each one's batch-norm statistics.  Everything random
+follows from the seed and the step, and the learning rate from the step, so a resumed run ends with
+the same bits.
 """
 
+import dataclasses
+import math
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
 
-from lenslet.cli import Parser, parse, parse_duration, stored
+from lenslet import files
+from lenslet.cli import as_yaml, parse_duration, stored
+from lenslet.data.batches import on_device
 from lenslet.distributed.determinism import environment
-from lenslet.distributed.start import from_main_process
-from lenslet.errors import UserError
+from lenslet.distributed.interrupts import Interrupts
+from lenslet.distributed.start import device_time, from_main_process
+from lenslet.errors import UserError, error_context
 from lenslet.files import atomic_write
-from lenslet.runs import checkpoint
-from lenslet.runs import folder as run_folder
+from lenslet.metrics import figures, score
+from lenslet.runs import checkpoint, summary
+from lenslet.runs.folder import claim, is_finished, point_latest, resume
 from lenslet.runs.tensorboard import TensorBoard
-from lenslet.training.optimizers import innermost
-
-# Options that change no bit of the weights: an interrupted run may go on with others.
-FREE = {"output", "workers", "log_every", "save_every", "watch"}
-
-
-def differences(parser: Parser, run: Path, args) -> str:
-    """How the options of a run differ from these in what its weights depend on, in words."""
-    try:
-        before = stored(parse(parser, ["--config", run / "options.yaml"]))
-    except UserError:
-        return "its options.yaml cannot be read"
-    changed = [k for k, v in stored(args).items() if k not in FREE and before[k] != v]
-    return ", ".join(
-        f"--{k.replace('_', '-')} was {before[k]}, now {getattr(args, k)}" for k in changed
-    )
+from lenslet.training import options
+from lenslet.training.clock import Plan
+from lenslet.training.meter import Meter, diverged
+from lenslet.training.net import Net
+from lenslet.training.schedules import epochs_without_progress
+from lenslet.weights import digest, encode
 
 
-def find_run(parser: Parser, args, folder: Path) -> tuple[Path, Path | None, list[str]]:
-    """The run to train, its newest whole checkpoint, and notes; see run_folder.claim()."""
-    if args.resume:
-        return run_folder.resume(run_folder.find(args.resume))
-    # Processes that torchrun has started again go on in any case.
-    wanted = args.resume is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return run_folder.claim(folder, lambda run: differences(parser, run, args), wanted)
+@dataclass
+class Progress:
+    """How far a run is: all that a checkpoint holds besides tensors."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs done
+    batch: int = 0  # batches done of the current epoch
+    images: int = 0  # trained on since the loss was last logged
+    logged: int = 0  # the step of that log
+    lr: float = 0.0  # learning rate of the last step
+    seconds: float = 0.0  # of the whole run so far, with validation and saving
+    epoch_seconds: float = 0.0  # of the current epoch's steps
+    train_seconds: float = 0.0  # from the first step to the last so far
+    history: list[dict] = field(default_factory=list)  # a record per epoch, as in metrics.json
+    best: dict | None = None  # the record of the epoch whose weights are kept
+    best_score: list[float] | None = None  # what made it the best: larger is better
+    ended: str = ""  # why the run ended before its plan did, if it did
+    marks: list = field(default_factory=list)  # of the plan, see clock.Plan
+    width: int | None = None  # of fastnet
 
 
-def capture(at: SimpleNamespace, inputs: dict, networks: dict, optimizer, accelerator) -> dict:
-    """All that the next step depends on, for save_checkpoint().  Every process calls this.
+class Found(NamedTuple):
+    """The folder to train in, locked for this process."""
 
-    inputs: SHA-256 of what is trained on; networks: the trained one, and its moving average if
-    there is one, unwrapped.
-    """
-    buffers = {k: {name: b.cpu() for name, b in n.named_buffers()} for k, n in networks.items()}
-    return {
-        "progress": vars(at),
-        "inputs": inputs,
-        "networks": {key: network.state_dict() for key, network in networks.items()},
-        "buffers": gather_object([buffers]) if accelerator.num_processes > 1 else [buffers],
-        "optimizer": optimizer.state_dict(),
-        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-        "circumstances": environment(accelerator.mixed_precision),
-    }
+    folder: Path
+    checkpoint: Path | None  # to go on from; None: a new run
+    saved: dict | None  # what the checkpoint holds
+    notes: list[str]  # what the user should know, a line each
 
 
-def restore(
-    path: Path, saved: dict, inputs: dict, networks: dict, optimizer, accelerator: Accelerator
-) -> tuple:
-    """Put a checkpoint into prepared networks and optimizer; how far it is, and what has changed.
+def find_run(args, accelerator: Accelerator) -> Found:
+    """The unfinished run with these options, or a new folder; the main process decides.
 
-    The number of threads, which has a say in the last bits, is set to that of the checkpoint.
-    Errors: UserError where it was trained on other inputs, or does not fit.
-    """
-    notes, run = [], path.parents[1]
-    for name, sha256 in inputs.items():
-        if saved["inputs"][name] != sha256:
-            raise UserError(f"{run}: the {name} changed since; begin anew with --no-resume")
-    torch.set_num_threads(saved["circumstances"]["threads"])
-    for key, now in environment(accelerator.mixed_precision).items():
-        if now != (before := saved["circumstances"][key]):
-            notes.append(f"{key} was {before}, is {now}: the last bits may differ")
-    own = saved["buffers"][accelerator.process_index % len(saved["buffers"])]
-    try:
-        for key, network in networks.items():
-            network.load_state_dict(saved["networks"][key])
-            for name, buffer in network.named_buffers():
-                buffer.copy_(own[key][name])
-        saved["optimizer"].pop("rng_state", None)  # kron's: see choices.seed_draws()
-        optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{path}: is not of this network ({str(error).splitlines()[-1].strip()}); begin anew "
-            "with --no-resume"
-        ) from error
-    for p, state in innermost(optimizer).state.items():
-        for key, value in state.items():
-            if (
-                torch.is_tensor(value) and p.ndim and value.shape == p.shape
-            ):  # channels_last, as p is
-                state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
-    if accelerator.scaler:
-        accelerator.scaler.load_state_dict(saved["scaler"])
-    at = SimpleNamespace(**saved["progress"])
-    notes.append(f"{run} goes on in epoch {at.epoch + 1} after {at.batch} batches")
-    return at, notes
-
-
-class Saver:
-    """Writes the checkpoints of a run, and the files that are to be as new; on the first process.
-
-    every: steps, or a duration, between checkpoints (see options.interval).
-    newest: the checkpoint that the run goes on from, if it does.
-    files: path -> content of what is to be written with the next checkpoint; what a full disk kept
-        from being written stays there.
-    weights: the best weights so far as a file, kept with every checkpoint.
+    Errors: UserError for a run that is being trained, or a folder that cannot be made.
     """
 
-    def __init__(self, run: Path, newest: Path | None, every: str, curves: TensorBoard | None):
-        self.run, self.newest, self.curves = run, newest, curves
-        self.steps = int(every) if every.isdecimal() else 0
-        self.seconds = 0 if self.steps else parse_duration(every)
-        self.when = time.perf_counter()
-        self.files, self.weights = {}, None
-        if curves and newest and (newest / "model.safetensors").exists():
-            self.weights = (newest / "model.safetensors").read_bytes()
-            atomic_write(run / "model.safetensors", self.weights)
-        self.kept = self.weights
+    def find() -> tuple[Path, Path | None, list[str]]:
+        if args.resume:
+            run = options.find_run(args.resume)
+            if different := options.differences(run, args):
+                raise UserError(f"--resume {run}: {different}; leave that out, or --resume")
+            return resume(run)
+        # Processes that torchrun has restarted always go on.
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        folder = args.output or files.RUNS / options.run_name(args)
+        compare = lambda run: options.differences(run, args)  # noqa: E731
+        return claim(folder, compare, resume=restarted or args.resume is None)
 
-    def is_late(self) -> bool:
-        """Whether the time has come, by the clock of the first process."""
-        return bool(self.curves and self.seconds) and time.perf_counter() - self.when > self.seconds
+    folder, newest, notes = from_main_process(accelerator.state, find)
+    return Found(folder, newest, checkpoint.load_checkpoint(newest) if newest else None, notes)
 
-    def is_due(self, step: int) -> bool:
-        """Whether the number of steps says so, on any process."""
-        return self.steps > 0 and step % self.steps == 0
 
-    def save(self, step: int, content: dict, last: bool = False) -> None:
-        """Write files, a checkpoint and, if they are new, the best weights, in this order.
+class Run:
+    """The run that train.py's loop drives.
 
-        Where that fails training goes on, says so, and has the checkpoint before; OSError if this
-        was the last chance.  Every process calls this.
+    folder: where it is.  progress: how far it is.  scores: of the validated epochs, larger is
+    better.  board: its TensorBoard log, which does nothing but on the main process.
+    """
+
+    def __init__(
+        self, args, found: Found, header: dict, inputs, net: Net, meter: Meter, plan: Plan
+    ):
+        """header: of the weights to write.  inputs: see build.Inputs.  Restores net and meter."""
+        self._args, self._header, self._inputs, self._plan = args, header, inputs, plan
+        self._accelerator = accelerator = inputs.accelerator
+        self._main = accelerator.is_main_process
+        self.folder, notes = found.folder, list(found.notes)
+        self.progress = Progress(seconds=plan.spent, marks=plan.marks)
+        self.progress.width = net.bare.arguments.get("width")
+        self._checkpoint, self._weights, self._pending = found.checkpoint, None, {}
+        if found.saved:
+            self.progress = Progress(**found.saved["progress"])
+            notes += self._restore(found.saved, net, meter)
+        plan.marks = self.progress.marks  # one list, which every mark is added to
+        self.scores = []
+        if inputs.val_loader:
+            self.scores = [score(record, args.metric) for record in self.progress.history]
+        self.board = TensorBoard(self.folder if self._main else None, self.progress.step)
+        if self._main:
+            atomic_write(self.folder / "options.yaml", as_yaml(stored(args)))
+            if found.checkpoint and (found.checkpoint / "model.safetensors").exists():
+                self._weights = (found.checkpoint / "model.safetensors").read_bytes()
+                atomic_write(self.folder / "model.safetensors", self._weights)
+        self._written = self._weights
+        steps = args.save_every.isdecimal()
+        self._save_steps = int(args.save_every) if steps else 0
+        self._save_seconds = math.inf if steps else parse_duration(args.save_every)
+        self._saved_at = time.perf_counter()
+        fitted = [] if found.saved else inputs.notes
+        notes = [*inputs.data.notes, *fitted, *notes]
+        accelerator.print(summary.introduce(args.model, inputs.data, net.bare, accelerator, notes))
+        self._began = time.perf_counter() - self.progress.seconds
+
+    def epochs(self):
+        """The number of each epoch, from 0, as long as there is something to do."""
+        # A signal may have come between the last step and the end of its epoch.
+        progress = self.progress
+        while (progress.step < self._plan.total or progress.batch) and not progress.ended:
+            yield progress.epoch
+
+    def batches(self):
+        """The Batches of the current epoch that are left, on the device, with a progress bar."""
+        loader, progress = self._inputs.train_loader, self.progress
+        loader.sampler.epoch = progress.epoch
+        loader.sampler.start = progress.batch if progress.step < self._plan.total else len(loader)
+        self._epoch_began = time.perf_counter() - progress.epoch_seconds
+        bar = tqdm(
+            on_device(loader, self._accelerator.device),
+            f"epoch {progress.epoch + 1}{self._of_epochs()}",
+            len(loader),
+            leave=False,
+            initial=progress.batch,
+            disable=None if self._main else True,  # None: only on a terminal
+        )
+        with bar:
+            yield from bar
+
+    def _of_epochs(self) -> str:
+        """'/10', unless the clock decides how many there will be."""
+        return "" if self._args.time or self._args.plan else f"/{self._args.epochs}"
+
+    def advance(self, images: int, lr: float) -> bool:
+        """Count a step on so many images over all processes; whether the epoch ends with it.
+
+        With --time, follows the clock now and then, on all processes at the same steps.
         """
-        from_main_process(PartialState(), lambda: self._write(step, content, last))
-        self.when = time.perf_counter()
-
-    def _write(self, step: int, content: dict, last: bool) -> None:
-        self.curves.flush(step)
-        try:
-            for path in list(self.files):
-                path.parent.mkdir(exist_ok=True)
-                atomic_write(path, self.files[path])
-                del self.files[path]
-            self.newest = checkpoint.save_checkpoint(
-                self.run / "checkpoint", step, content, self.weights, self.newest
+        progress, now = self.progress, time.perf_counter()
+        progress.step, progress.batch = progress.step + 1, progress.batch + 1
+        progress.images, progress.lr = progress.images + images, lr
+        progress.epoch_seconds, progress.seconds = now - self._epoch_began, now - self._began
+        if self._plan.is_due(progress.step):
+            device = self._accelerator.device
+            spent = from_main_process(
+                self._accelerator.state, lambda: device_time(device) - self._began
             )
-            if self.weights is not self.kept:
-                atomic_write(self.run / "model.safetensors", self.weights)
-                self.kept = self.weights
+            self._plan.note_time(progress.step, spent)
+        ends = progress.batch == len(self._inputs.train_loader)
+        return ends or progress.step == self._plan.total
+
+    def save_is_due(self, interrupts: Interrupts) -> bool:
+        """Whether to save now.  All processes ask after every step, and agree on it and on
+        interrupts.stop without waiting for each other.
+        """
+        late = self._main and time.perf_counter() - self._saved_at > self._save_seconds
+        steps = self._save_steps > 0 and self.progress.step % self._save_steps == 0
+        return interrupts.agree(late) or steps
+
+    def log(self, meter: Meter, ends: bool) -> None:
+        """Check the loss; at the end of an epoch and every --log-every steps, log its mean.
+
+        Here the CPU waits for the GPU.  Errors: UserError if the loss is not finite.
+        """
+        progress = self.progress
+        loss, hits, finite = meter.read()
+        if not math.isfinite(loss):
+            self._give_up(loss, progress.logged + finite + 1, meter)
+        if ends or progress.step % self._args.log_every == 0:
+            self.board.add("scalar", "loss/train", loss / progress.images, progress.step)
+            self.board.add("scalar", "lr", progress.lr, progress.step)
+            meter.reset(loss, hits, progress.images)
+            progress.images, progress.logged = 0, progress.step
+        if ends:
+            progress.train_seconds = time.perf_counter() - self._began
+
+    def _give_up(self, loss: float, step: int, meter: Meter) -> None:
+        """End a run whose loss is not finite since step `step`."""
+        message = diverged(
+            loss, self.progress.epoch + 1, step, self.progress.lr, meter.gradient,
+            options.REMEDIES["exploding"],
+        )  # fmt: skip
+        where = self.folder / "model.safetensors"
+        kept = (
+            f"the last good weights are in {where}" if self._written else "no weights are saved yet"
+        )
+        raise UserError(f"{message}; {kept}")
+
+    def end_epoch(self, net: Net, meter: Meter, rows: Tensor | None) -> None:
+        """Log an epoch, keep its weights if they are the best so far, save, and print a line.
+
+        rows: of the validation, from metrics.evaluate(); None without validation images.
+        """
+        progress, args = self.progress, self._args
+        record = self._record(net, meter, rows)
+        progress.history.append(record)
+        better = self._is_best(record)
+        if better:
+            progress.best = record
+        progress.epoch, progress.batch, progress.epoch_seconds = progress.epoch + 1, 0, 0.0
+        meter.sums.zero_()
+        if args.patience and epochs_without_progress(self.scores, args.min_delta) >= args.patience:
+            progress.ended = f"{args.patience} epochs without a better one"
+        if args.overfit and record["val_accuracy"] == 1:
+            progress.ended = "all images are memorized"
+        progress.seconds = time.perf_counter() - self._began
+        if self._main:
+            self._keep(net, record, better)
+        self.save(net, meter, last=bool(progress.ended) or progress.step == self._plan.total)
+        if self._main:
+            point_latest(self.folder)
+        left = 0 if progress.ended else self._plan.total - progress.step
+        left *= progress.seconds / progress.step
+        line = summary.epoch_line(record, self._of_epochs(), left, args.metric)
+        self._accelerator.print(line)
+
+    def _record(self, net: Net, meter: Meter, rows: Tensor | None) -> dict:
+        """The figures of the epoch, as metrics.json has them."""
+        progress, (loss, hits, images) = self.progress, meter.sums.unbind()
+        record = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "train_loss": (loss / images).item(),
+            "train_accuracy": (hits / images).item(),
+            "lr": progress.lr,
+            "images_per_second": images.item() / progress.epoch_seconds,
+            "seconds": progress.epoch_seconds,
+            "weights_sha256": digest(net.evaluated.state_dict()),
+        }
+        if rows is not None:
+            result = figures(rows, len(self._inputs.data.classes))
+            record |= {"val_loss": result["loss"], "val_accuracy": result["top1"]}
+            record["val_f1"] = result["macro_f1"]
+            if not math.isfinite(result["loss"]):  # the last step was one too many
+                self._give_up(result["loss"], progress.step, meter)
+            self.scores.append(score(record, self._args.metric))
+        return record
+
+    def _is_best(self, record: dict) -> bool:
+        """Whether an epoch is the best so far; few images often tie, then the loss decides."""
+        standing = [self.progress.epoch]
+        if "val_loss" in record and self._args.keep != "last":
+            standing = [self.scores[-1], -record["val_loss"]]
+        better = self.progress.best is None or standing > self.progress.best_score
+        if better:
+            self.progress.best_score = standing
+        return better
+
+    def _keep(self, net: Net, record: dict, better: bool) -> None:
+        """Have the weights and the figures of an epoch written with the next save."""
+        progress = self.progress
+        digests = [[r["step"], r["weights_sha256"]] for r in progress.history]
+        epoch = {"epoch": progress.epoch, "validation": record, "digests": digests}
+        header = self._header | epoch | {"plan": progress.marks}
+        weights = encode(net.evaluated.state_dict(), header)
+        if better:
+            self._weights = weights
+        if self._args.keep == "all":
+            name = f"epoch-{progress.epoch:03d}.safetensors"
+            self._pending[self.folder / "epochs" / name] = weights
+        self._pending[self.folder / "metrics.json"] = summary.metrics_json(progress, finished=False)
+        self.board.add_epoch(record, progress.step)
+
+    def save(self, net: Net, meter: Meter, last: bool = False) -> None:
+        """Write what is pending, a checkpoint and, if they are new, the best weights, in this order.
+
+        If that fails, training goes on with a line on the console and the checkpoint before, unless
+        this was the last chance: then OSError.  Every process calls this.
+        """
+        progress, accelerator = self.progress, self._accelerator
+        progress.seconds = time.perf_counter() - self._began
+        content = {
+            "progress": dataclasses.asdict(progress),
+            "meter": meter.state(),
+            "inputs": self._inputs.sha256,
+            "environment": environment(accelerator.mixed_precision),
+            **net.state(),
+        }
+        from_main_process(accelerator.state, lambda: self._write(content, last))
+        self._saved_at = time.perf_counter()
+
+    def _write(self, content: dict, last: bool) -> None:
+        step = self.progress.step
+        self.board.flush(step)
+        try:
+            for path in list(self._pending):
+                path.parent.mkdir(exist_ok=True)
+                atomic_write(path, self._pending[path])
+                del self._pending[path]
+            self._checkpoint = checkpoint.save_checkpoint(
+                self.folder / "checkpoint", step, content, self._weights, self._checkpoint
+            )
+            if self._weights is not self._written:
+                atomic_write(self.folder / "model.safetensors", self._weights)
+                self._written = self._weights
         except OSError as error:
             if last:
                 raise
-            print(f"step {step} is not saved ({error.strerror}); training goes on")
+            print(f"step {step} could not be saved ({error.strerror}); training goes on")
+
+    def _restore(self, saved: dict, net: Net, meter: Meter) -> list[str]:
+        """Put a checkpoint into net and meter; what the user should know of it.
+
+        The number of threads, which affects the last bits, is set to that of the checkpoint.
+        Errors: UserError where it was trained on other inputs, or does not fit.
+        """
+        notes, accelerator = [], self._accelerator
+        for name, sha256 in self._inputs.sha256.items():
+            if saved["inputs"][name] != sha256:
+                raise UserError(
+                    f"{self.folder}: the {name} have changed since; start anew with --no-resume"
+                )
+        torch.set_num_threads(saved["environment"]["threads"])
+        for key, now in environment(accelerator.mixed_precision).items():
+            if now != (before := saved["environment"][key]):
+                notes.append(f"{key} was {before}, is {now}: the last bits may differ")
+        with error_context(f"{self._checkpoint} (start anew with --no-resume)"):
+            net.load_state(saved)
+        meter.load_state(saved["meter"])
+        epoch, batch = self.progress.epoch + 1, self.progress.batch
+        return [*notes, f"{self.folder} goes on in epoch {epoch} after {batch} batches"]
+
+    def finish(self, interrupts: Interrupts) -> int:
+        """Say what was reached and which command comes next; the exit status."""
+        progress, args, status = self.progress, self._args, interrupts.stop
+        if self._main and not interrupts.stop:
+            was_finished = is_finished(self.folder)
+            atomic_write(
+                self.folder / "metrics.json", summary.metrics_json(progress, finished=True)
+            )
+            if not was_finished:
+                self.board.add_hparams(stored(args), progress.best, progress.step)
+            print(summary.conclude(progress, self.folder, args.metric, args.overfit))
+        elif self._main:
+            print(
+                f"stopped in epoch {progress.epoch + 1} after {progress.batch} of "
+                f"{len(self._inputs.train_loader)} batches, and saved: the same command goes on, "
+                f"or --resume {self.folder}"
+            )
+        self.board.close()
+        self._accelerator.wait_for_everyone()  # without it gloo now and then aborts on shutdown
+        self._accelerator.end_training()
+        if args.overfit and progress.best and progress.history[-1]["val_accuracy"] < 1:
+            status = status or 1
+        return status

@@ -1,13 +1,13 @@
-"""What a run says of itself: lines on the console, and metrics.json."""
+"""What a run prints, and metrics.json."""
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from lenslet.cli import command
+from lenslet.data.batches import Data
 from lenslet.grid import draw_grid
 
 
@@ -24,67 +24,69 @@ def epoch_line(record: dict, epochs: str, left: float, metric: str | None) -> st
     return f"{line}  {left:.0f} s left"
 
 
-def introduce(args, data, model, accelerator) -> str:
-    """What is said before the first epoch."""
+def introduce(model: str, data: Data, network, accelerator, notes: list[str]) -> str:
+    """What is printed before the first epoch."""
     train, val = data.splits["train"], data.splits.get("val", ())
-    lines = list(data.notes)
-    if model.input_size != data.image_size:
-        sizes = ["x".join(map(str, size)) for size in (data.image_size, model.input_size)]
-        lines.append(f"pictures of {sizes[0]} pixels are resized to {sizes[1]}")
+    lines = list(notes)
+    if network.input_size != data.image_size:
+        before, after = ("x".join(map(str, s)) for s in (data.image_size, network.input_size))
+        lines.append(f"images of {before} pixels are resized to {after}")
     if torch.cuda.device_count() > 1 == accelerator.num_processes:
         lines.append(f"one of {torch.cuda.device_count()} GPUs is used; `make train` uses all")
-    if model.stem_note:
-        lines.append(model.stem_note)
+    if network.stem_note:
+        lines.append(network.stem_note)
     lines.append(
-        f"{args.data}: {len(train):,} pictures to train on, {len(val):,} to validate, "
+        f"{data.name}: {len(train):,} training images, {len(val):,} validation images, "
         f"{len(data.classes)} classes"
     )
     lines.append(
-        f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters; "
+        f"{model}: {sum(p.numel() for p in network.parameters()):,} parameters; "
         f"{accelerator.device.type}, precision {accelerator.mixed_precision}, "
         f"{accelerator.num_processes} x {torch.get_num_threads()} threads"
     )
     return "\n".join(lines)
 
 
-def metrics_json(at: SimpleNamespace, finished: bool) -> bytes:
-    """metrics.json."""
+def metrics_json(progress, finished: bool) -> bytes:
+    """metrics.json: the record of every epoch, and what was reached."""
     summary = {
-        "best_epoch": at.best["epoch"],
-        "val_accuracy": at.best.get("val_accuracy"),
-        "val_f1": at.best.get("val_f1"),
-        "val_loss": at.best.get("val_loss"),
-        "train_seconds": at.train_seconds,
-        "seconds": at.seconds,
+        "best_epoch": progress.best["epoch"],
+        "val_accuracy": progress.best.get("val_accuracy"),
+        "val_f1": progress.best.get("val_f1"),
+        "val_loss": progress.best.get("val_loss"),
+        "train_seconds": progress.train_seconds,
+        "seconds": progress.seconds,
         "finished": finished,
     }
-    return json.dumps({"epochs": at.history, "summary": summary}, indent=1).encode()
+    return json.dumps({"epochs": progress.history, "summary": summary}, indent=1).encode()
 
 
-def conclude(args, at: SimpleNamespace, run: Path) -> str:
-    """What was reached, where the weights are, and which command comes next."""
-    weights, reached = run / "model.safetensors", ""
-    if "val_accuracy" in at.best:
-        reached = f", validation accuracy {at.best['val_accuracy']:.2%}"
-        reached += f", f1 {at.best['val_f1']:.2%}" if args.metric == "f1" else ""
-    lines = [f"stopped early: {at.ended}"] if at.ended else []
-    lines.append(f"weights of epoch {at.best['epoch']}{reached}: {weights}")
-    lines.append(f"training took {at.train_seconds:.1f} s")
-    if args.overfit:
-        hits = round(at.history[-1]["val_accuracy"] * args.overfit)
-        lines.append(
-            f"memorised: all {hits} pictures, after {at.epoch} epochs"
-            if hits == args.overfit
-            else f"not memorised: {hits} of {args.overfit} pictures after {at.epoch} epochs: look "
-            "at --lr, the network and the labels"
-        )
-    else:
-        lines.append(f"next: {command('test.py', '--weights', weights)}")
+def conclude(progress, folder: Path, metric: str | None, overfit: int | None) -> str:
+    """What was reached, where the weights are, and which command comes next.
+
+    overfit: how many images were to be memorized, if any were.
+    """
+    best, weights, reached = progress.best, folder / "model.safetensors", ""
+    if "val_accuracy" in best:
+        reached = f", validation accuracy {best['val_accuracy']:.2%}"
+        reached += f", f1 {best['val_f1']:.2%}" if metric == "f1" else ""
+    lines = [f"stopped early: {progress.ended}"] if progress.ended else []
+    lines.append(f"weights of epoch {best['epoch']}{reached}: {weights}")
+    lines.append(f"training took {progress.train_seconds:.1f} s")
+    if not overfit:
+        return "\n".join([*lines, f"next: {command('test.py', '--weights', weights)}"])
+    hits = round(progress.history[-1]["val_accuracy"] * overfit)
+    if hits == overfit:
+        return "\n".join([*lines, f"memorized all {hits} images after {progress.epoch} epochs"])
+    lines.append(
+        f"memorized only {hits} of {overfit} images in {progress.epoch} epochs: check --lr, the "
+        "network and the labels"
+    )
     return "\n".join(lines)
 
 
 def image_grid(prepare, images: Tensor, targets: Tensor, classes: list[str]) -> Tensor:
-    """The first pictures of a batch as a network is fed them, with their classes, uint8 [3, H, W].
+    """The first images of a batch as a network is fed them, with their classes, uint8 [3, H, W].
 
     images uint8 [B, C, H, W], targets float [B, classes].
     """

@@ -6,18 +6,29 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+# Tags of an epoch's record.  TensorBoard sorts them: accuracy and loss come first.
+TAGS = {
+    "train_accuracy": "accuracy/train",
+    "val_accuracy": "accuracy/val",
+    "val_loss": "loss/val",
+    "val_f1": "metrics/val_f1",
+    "images_per_second": "speed/images_per_second",
+}
+
 
 class TensorBoard:
-    """What a run logs for TensorBoard.  A full disk costs points of the curves, not the run.
+    """A run's log for TensorBoard.  A full disk costs points of the curves, not the run.
 
-    step: of the run so far.  What was logged beyond it, by a run that was killed and now goes on
-    from its checkpoint, is not shown (TensorBoard's "purge").
+    folder: of the run; None: nothing is logged.  step: of the run so far.  What was logged beyond
+    it, by a run that was killed and now goes on from its checkpoint, is not shown (TensorBoard's
+    "purge").
     """
 
-    def __init__(self, folder: Path, step: int):
-        self.folder = folder
-        threading.excepthook = _without_full_disks
-        self._open(step)
+    def __init__(self, folder: Path | None, step: int):
+        self.folder, self.writer = folder, None
+        if folder:
+            threading.excepthook = _ignore_full_disk
+            self._open(step)
 
     def _open(self, step: int) -> None:
         try:
@@ -29,10 +40,20 @@ class TensorBoard:
         """Call SummaryWriter's add_<kind>(*args), if there is room on the disk."""
         self._attempt(lambda: getattr(self.writer, f"add_{kind}")(*args))
 
-    def add_hparams(self, options: dict, results: dict, step: int) -> None:
-        """The options as hyper-parameters; SummaryWriter's own call makes a run of its own."""
+    def add_epoch(self, record: dict, step: int) -> None:
+        """The figures of an epoch, as metrics.json has them."""
+        for key, tag in TAGS.items():
+            if key in record:
+                self.add("scalar", tag, record[key], step)
+
+    def add_hparams(self, options: dict, record: dict, step: int) -> None:
+        """The options as hyper-parameters, and the best epoch's record as their result.
+
+        SummaryWriter's own call would make a run of its own.
+        """
         from torch.utils.tensorboard.summary import hparams
 
+        results = {f"result/{k}": v for k, v in record.items() if k.startswith(("train_", "val_"))}
         flat = {k: v if isinstance(v, int | float) else str(v) for k, v in options.items()}
         for part in hparams(flat, results):
             self._attempt(lambda part=part: self.writer.file_writer.add_summary(part))
@@ -41,7 +62,7 @@ class TensorBoard:
 
     def flush(self, step: int) -> None:
         """Hand over what was logged; where that has failed before, begin anew after this step."""
-        if not self.writer:
+        if self.folder and not self.writer:
             self._open(step)
         self._attempt(lambda: self.writer.flush())
 
@@ -58,8 +79,8 @@ class TensorBoard:
             self.writer = None
 
 
-def _without_full_disks(args) -> None:
-    """threading.excepthook, but for TensorBoard's writing thread: what ends it is raised later."""
+def _ignore_full_disk(args) -> None:
+    """threading.excepthook, except for TensorBoard's writing thread: its error is raised later."""
     writing = type(args.thread).__module__.startswith("tensorboard")
     if not (writing and issubclass(args.exc_type, OSError)):
         threading.__excepthook__(args)

@@ -1,7 +1,7 @@
-"""How far training is: by its steps, or by the clock (--time).
+"""How far training is: by its steps, or by the clock.
 
-What depends on how far a run is, as the learning rate does, follows `Plan.at`, which grows
-from 0 at the first step to 1 after the last.
+What depends on how far a run is, like the learning rate, follows `Plan.progress`, which
+grows from 0 at the first step to 1 after the last.
 """
 
 import bisect
@@ -9,33 +9,16 @@ import bisect
 import torch
 from accelerate import Accelerator
 
-from lenslet.cli import parse_duration
 from lenslet.distributed.start import device_time
 
-
-def measure_speed(network: torch.nn.Module, images, labels, accelerator: Accelerator) -> float:
-    """Pictures a second that this process trains a network on; nothing is learned.
-
-    images [B, C, H, W] as it is fed them, labels [B].
-    """
-    network.to(accelerator.device, memory_format=torch.channels_last)
-    for step in range(3):
-        if step == 1:  # libraries choose their ways in the first one
-            began = device_time(accelerator.device)
-        with accelerator.autocast():
-            loss = torch.nn.functional.cross_entropy(network(images), labels)
-        loss.backward()
-    return 2 * len(labels) / (device_time(accelerator.device) - began)
-
-
 FIRST = 2  # steps before the first look at the clock: they warm up caches and libraries
-# fastnet's widths, and how many times a run must be able to see all training pictures for each.
+# fastnet's widths, and how many epochs a run must have time for with each.
 # Measured on CIFAR-10, validation accuracy by width and epochs, at about equal times of two cores:
 #    60 s:  24 x 2.6 82.8 %, 32 x 2.4 84.0 %
 #   255 s:  32 x 12 87.7 %, 48 x 6.0 88.6 %
-# Pictures of 24 pixels in the first half of the steps, which leaves time for 5 epochs and not 4, or
-# 15 and not 12, gave 85.8 instead of 86.0 % and 87.6 instead of 87.7 %: so every budget has them at
-# their full size from the first epoch on.
+# Images of 24 pixels in the first half of the steps, which leaves time for 5 epochs instead of 4 or
+# 15 instead of 12, gave 85.8 instead of 86.0 % and 87.6 instead of 87.7 %: so images have their
+# full size from the first epoch on.
 WIDTHS = ((16, 0), (32, 2), (48, 4.5), (64, 6), (96, 10), (128, 16))
 APART = 0.04  # share of the time between two looks; towards the end, half of what is left
 
@@ -54,6 +37,7 @@ class Plan:
     def __init__(self, marks: list[list], seconds: float | None = None):
         """seconds: the time that a plan by the clock is for; None: the marks are all there is."""
         self.marks, self.seconds = marks, seconds
+        self.spent = 0.0  # seconds of the time that were spent before the first step
 
     @classmethod
     def by_clock(cls, seconds: float) -> "Plan":
@@ -65,7 +49,7 @@ class Plan:
         """Optimizer steps of the whole run, as far as is known."""
         return self.marks[-1][2]
 
-    def at(self, step: int) -> tuple[float, int]:
+    def progress(self, step: int) -> tuple[float, int]:
         """Progress in the middle of optimizer step `step`, 0..1, and the total as it seems then."""
         i = bisect.bisect(self.marks, step, key=lambda mark: mark[0]) - 1
         first, done, total = self.marks[i]
@@ -82,7 +66,7 @@ class Plan:
         apart = max(1, int(min(APART / (1 - done), 0.5) * (total - last)))
         return step >= min(last + apart, max(FIRST, 2 * last))
 
-    def look(self, step: int, spent: float) -> None:
+    def note_time(self, step: int, spent: float) -> None:
         """Note that `spent` seconds of training have gone by after so many steps."""
         done = min(spent / self.seconds, 1.0)
         # The speed of the last fifth of the time: long enough to hold what happens now and then
@@ -97,35 +81,30 @@ class Plan:
             self.marks.append([step, 1.0, step])
 
 
-def choose_width(trial, seconds: float, pictures: int) -> int:
-    """The width of fastnet that learns most in a time, by the rule in WIDTHS.
+def choose_width(trial, seconds: float, images: int) -> int:
+    """The width (channels of the first block) of fastnet that learns most in a time, see WIDTHS.
 
-    trial(width): pictures a second that a network of that width is trained on, by measurement.
+    trial(width): measured images per second of training a network of that width.  images: of an
+    epoch.
     """
     chosen = WIDTHS[0][0]
     for width, epochs in WIDTHS[1:]:
-        if trial(width) * seconds < epochs * pictures:
+        if trial(width) * seconds < epochs * images:
             break
         chosen = width
     return chosen
 
 
-def lay_out(
-    args, width: int | None, source: dict | None, saved: dict | None, batches, pictures, trial
-) -> tuple:
-    """How long to train, and fastnet's width: as given, in a run that goes on, or for the time.
+def measure_speed(network: torch.nn.Module, images, labels, accelerator: Accelerator) -> float:
+    """Images per second that this process trains a network on; nothing is learned.
 
-    width: as given, if it is.  source: the header that --plan names.  saved: the checkpoint that
-    the run goes on from.  batches, pictures: of an epoch.  trial: see choose_width().
+    images [B, C, H, W] as it is fed them, labels [B].
     """
-    if source:
-        plan, width = Plan(source["plan"]), source["model_args"].get("width")
-    elif args.time:
-        plan = Plan.by_clock(parse_duration(args.time))
-    else:
-        plan = Plan([[0, 0.0, args.epochs * batches]])
-    if saved:
-        width = saved["progress"]["width"]
-    elif plan.seconds and args.model == "fastnet" and not width:
-        width = choose_width(trial, plan.seconds, pictures)
-    return plan, width
+    network.to(accelerator.device, memory_format=torch.channels_last)
+    for step in range(3):
+        if step == 1:  # libraries choose their kernels in the first one
+            began = device_time(accelerator.device)
+        with accelerator.autocast():
+            loss = torch.nn.functional.cross_entropy(network(images), labels)
+        loss.backward()
+    return 2 * len(labels) / (device_time(accelerator.device) - began)

@@ -1,66 +1,22 @@
-"""What training minimises: the loss of each picture, and how much the picture weighs in it."""
+"""What training minimizes: the loss of each image, times how much the image weighs."""
 
 import csv
 import hashlib
 import io
-from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lenslet.cli import number
 from lenslet.data import sets
 from lenslet.data.batches import Split
 from lenslet.data.layout import find_folder
-from lenslet.errors import UserError, nearest
-
-
-def create_objective(
-    args, data, weights: Tensor, teacher: tuple | None, accelerator
-) -> "Objective":
-    """The Objective of train.py's options.
-
-    weights float [N]: of the training pictures; teacher: as checkpoint.load_model() gives it.
-    """
-    teach = None
-    if teacher:
-        network, prepare, _ = teacher
-        network.to(accelerator.device).requires_grad_(False)
-        prepare.to(accelerator.device)
-
-        def teach(images):
-            with torch.no_grad(), accelerator.autocast():
-                return network(prepare(images)).float()
-
-    share = 0.5 if args.teacher_share is None else args.teacher_share
-    return Objective(
-        args.loss,
-        len(data.classes),
-        weights,
-        args.label_smoothing,
-        teach,
-        share,
-        args.temperature or 4.0,
-    )
-
-
-LOSSES = ("cross-entropy", "focal", "bce", "mse")
-
-
-def loss_name(text: str) -> str:
-    """An argparse type: a name of LOSSES, focal with its gamma, as it was written."""
-    name, colon, gamma = text.partition(":")
-    if name not in LOSSES or (colon and name != "focal"):
-        raise ArgumentTypeError(f"no loss {text!r}{nearest(name, LOSSES)}: {', '.join(LOSSES)}")
-    if colon:
-        number(float, 0)(gamma)
-    return text
+from lenslet.errors import UserError
 
 
 def image_losses(text: str, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The loss of each picture, [N], by a name that loss_name() takes.
+    """The loss of each image, [N], by the name that a recipe or the command line gives.
 
     logits [N, C], targets [N, C] float, whose rows are shares that sum to 1.  smoothing: share of
     them that is spread over all classes.
@@ -100,7 +56,7 @@ def class_weights(text: str | None, counts: Tensor) -> Tensor:
     """The weight of each class, float [C]: 1, "balanced" (N / (C · count), as scikit-learn has it),
     or the numbers in "w1,w2,…".
 
-    counts int64 [C]: training pictures of each class.  Errors: UserError for as many as do not fit.
+    counts int64 [C]: training images of each class.  Errors: UserError for a wrong number.
     """
     if text == "balanced":
         return counts.sum() / (len(counts) * counts.float())
@@ -108,18 +64,16 @@ def class_weights(text: str | None, counts: Tensor) -> Tensor:
         return torch.ones(len(counts))
     weights = torch.tensor([float(word) for word in text.split(",")])
     if len(weights) != len(counts):
-        raise UserError(
-            f"--class-weights: {len(weights)} numbers for {len(counts)} classes (in their order)"
-        )
+        raise UserError(f"{len(weights)} numbers for {len(counts)} classes (in their order)")
     return weights
 
 
 def image_weights(path: str | None, name: str, split: Split) -> tuple[Tensor, str]:
-    """The weight of each picture of a split in the loss, float [N], and the file's SHA-256.
+    """The weight of each image of a split in the loss, float [N], and the file's SHA-256.
 
-    path: a CSV file with the columns file (below the data folder; in a named set the picture's
-    number) and weight (at least 0); pictures that it does not name weigh 1.  None: all do.
-    Errors: UserError for such a file, a line of it, or a picture that does not exist.
+    path: a CSV file with the columns file (below the data folder; in a named set the image's
+    number) and weight (at least 0); images that it does not name weigh 1.  None: all do.
+    Errors: UserError for such a file, a line of it, or an image that does not exist.
     """
     weights = torch.ones(len(split))
     if not path:
@@ -129,39 +83,47 @@ def image_weights(path: str | None, name: str, split: Split) -> tuple[Tensor, st
         rows = list(csv.DictReader(io.StringIO(text), restval=""))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or "not a CSV file"
-        raise UserError(f"--picture-weights {path}: cannot be read ({reason})") from error
+        raise UserError(f"cannot be read ({reason})") from error
     if not rows or not {"file", "weight"} <= set(rows[0]):
-        raise UserError(f"--picture-weights {path}: has no rows with the columns file and weight")
+        raise UserError("has no rows with the columns file and weight")
     place = {file: i for i, file in enumerate(split.names)}
     for line, row in enumerate(rows, 2):
-        where = f"--picture-weights {path}, line {line}"
-        try:
-            weight = float(row["weight"])
-        except (TypeError, ValueError):
-            weight = -1.0
-        if not 0 <= weight < float("inf"):
-            raise UserError(f"{where}: {row['weight']!r} is no weight of 0 or more")
-        file = row["file"]
-        known = file in place
-        if known:
+        file, weight = row["file"], _weight(row["weight"])
+        if weight is None:
+            raise UserError(f"line {line}: {row['weight']!r} is not a weight of 0 or more")
+        if file in place:
             weights[place[file]] = weight
-        elif name in sets.SETS:
-            known = file.isdecimal() and file == str(int(file)) and int(file) < len(split.images)
-        else:  # a picture to validate or test with, or beyond --limit
-            known = (find_folder(name) / file).is_file()
-        if not known:
-            raise UserError(f"{where}: {file!r} is no picture of {name}")
+        elif not _is_image(file, name, split):
+            raise UserError(f"line {line}: {file!r} is not an image of {name}")
     if not weights.any():
-        raise UserError(f"--picture-weights {path}: no training picture has a weight above 0")
+        raise UserError("no training image has a weight above 0")
     return weights, hashlib.sha256(text.encode()).hexdigest()
 
 
-class Objective:
-    """What training minimises: the loss of each picture, times the picture's weight.
+def _weight(text: str | None) -> float | None:
+    """A finite number of 0 or more; None for anything else."""
+    try:
+        weight = float(text)
+    except (TypeError, ValueError):
+        return None
+    return weight if 0 <= weight < float("inf") else None
 
-    weights float [N]: of each training picture; they are scaled to a mean of 1, so that a learning
-    rate keeps its meaning.  teacher: a function from uint8 pictures [B, C, H, W] to logits.
-    share: of the teacher in the loss.
+
+def _is_image(file: str, name: str, split: Split) -> bool:
+    """Whether the data has an image of this name that is not in the training split: one for
+    validation or testing, or left out by a limit.
+    """
+    if name in sets.SETS:
+        return file.isdecimal() and file == str(int(file)) and int(file) < len(split.images)
+    return (find_folder(name) / file).is_file()
+
+
+class Objective:
+    """What training minimizes: the loss of each image, times the image's weight.
+
+    weights float [N]: of each training image; scaled to a mean of 1, so that a learning rate keeps
+    its meaning.  teacher: a function from uint8 images [B, C, H, W] to logits.  share: of the
+    teacher in the loss.
     """
 
     def __init__(
@@ -173,9 +135,9 @@ class Objective:
         self.teacher, self.share, self.temperature = teacher, share, temperature
 
     def targets(self, labels: Tensor, index: Tensor) -> Tensor:
-        """Each picture's weight at its class, float [B, C]; labels, index int64 [B].
+        """Each image's weight at its class, float [B, C]; labels, index int64 [B].
 
-        Augmentation may mix the rows of several pictures.
+        Augmentation may mix the rows of several images.
         """
         return F.one_hot(labels, self.classes) * self.weights[index, None]
 
@@ -183,8 +145,8 @@ class Objective:
         """The sum over a batch.  logits [B, C] of uint8 images [B, ?, H, W]; targets [B, C]."""
         weights = targets.sum(1)
         shares = targets / weights[:, None]
-        found = image_losses(self.loss, logits, shares, self.smoothing)
+        losses = image_losses(self.loss, logits, shares, self.smoothing)
         if self.teacher:
             taught = distillation(logits, self.teacher(images), self.temperature)
-            found = (1 - self.share) * found + self.share * taught
-        return (weights * found).sum()
+            losses = (1 - self.share) * losses + self.share * taught
+        return (weights * losses).sum()

@@ -1,7 +1,4 @@
-"""Optimizers by name."""
-
-import warnings
-from argparse import ArgumentTypeError
+"""Optimizers by name, and the L1 penalty."""
 
 import torch
 from torch import nn
@@ -9,8 +6,8 @@ from torch import nn
 from lenslet.errors import UserError, nearest
 from model import head_of
 
-# Optimizers that are tested by name; those with a name of timm's own are made by timm, as is any
-# other that timm has (timm.optim.list_optimizers()).
+# Those tested by name: torch's classes, and timm's by timm's names.  Any other optimizer of timm's
+# (timm.optim.list_optimizers()) is made by its own name.
 OPTIMIZERS = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
@@ -21,22 +18,19 @@ OPTIMIZERS = {
 }
 
 
-def optimizer_name(text: str) -> str:
-    """An argparse type: a name of OPTIMIZERS or of timm's."""
-    if text not in OPTIMIZERS:
-        from timm.optim import list_optimizers
+def check_optimizer(name: str) -> None:
+    """Errors: UserError for a name that neither we nor timm have."""
+    if name not in OPTIMIZERS:
+        from timm.optim import list_optimizers  # takes seconds
 
         known = [*OPTIMIZERS, *list_optimizers()]
-        if text.removeprefix("lookahead_") not in known:
+        if name.removeprefix("lookahead_") not in known:
             tested = ", ".join(OPTIMIZERS)
-            raise ArgumentTypeError(
-                f"no optimizer {text!r}{nearest(text, known)}: {tested}, or any of timm's"
-            )
-    return text
+            raise UserError(f"no optimizer {name!r}{nearest(name, known)}: {tested}, or timm's")
 
 
 def decayed_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """The trainable parameters that are pulled to zero: all but biases, norms and the like."""
+    """The trainable parameters that are decayed: all but biases, norms and the like."""
     exempt = getattr(network, "no_weight_decay", set)()
     return [
         p
@@ -61,17 +55,18 @@ def create_optimizer(
     norms are left to AdamW (Nesterov's) at the same lr, without weight decay.  The weight decay of
     sgd and adam is added to the gradient, that of the other tested ones is decoupled.
 
-    Errors: UserError for one that needs a package or a device that is not there.
+    Errors: UserError for one that needs a package or a device that is missing, second derivatives,
+    or random numbers of its own.
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
-    pulled = {id(p) for p in decayed_parameters(network)}
+    decayed = {id(p) for p in decayed_parameters(network)}
     kind = OPTIMIZERS.get(name, name)
     if "muon" in name:
         for layer in head_of(network):
-            pulled -= {id(p) for p in network.get_submodule(layer).parameters()}
+            decayed -= {id(p) for p in network.get_submodule(layer).parameters()}
     groups = [
-        {"params": [p for p in parameters if id(p) in pulled]},
-        {"params": [p for p in parameters if id(p) not in pulled], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) in decayed]},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
     if "muon" in name:
         groups[1]["use_fallback"] = True
@@ -82,10 +77,12 @@ def create_optimizer(
     from timm.optim import create_optimizer_v2
 
     try:
-        return create_optimizer_v2(groups, kind, lr, weight_decay, momentum)
+        optimizer = create_optimizer_v2(groups, kind, lr, weight_decay, momentum)
     except (ImportError, AssertionError, RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split()) or "it needs a package that is not installed"
-        raise UserError(f"--optimizer {name} cannot be used here: {reason}") from error
+        raise UserError(f"cannot be used here: {reason}") from error
+    _refuse_what_cannot_resume(optimizer)
+    return optimizer
 
 
 def innermost(optimizer):
@@ -94,31 +91,13 @@ def innermost(optimizer):
     return getattr(optimizer, "_base_optimizer", optimizer)
 
 
-def seed_draws(optimizer, seed: int, step: int) -> None:
-    """Have an optimizer that draws numbers itself (kron, adahessian) draw alike on all processes,
-    and in a run that goes on.
-    """
-    key, inner = (seed * 1_000_003 + step) % 2**63, innermost(optimizer)
-    if hasattr(inner, "rng"):
-        inner.rng.seed(key)
-        torch.manual_seed(key)
-    if hasattr(inner, "generator"):
-        device = inner.param_groups[0]["params"][0].device
-        inner.generator = torch.Generator(device).manual_seed(key)
-
-
-def second_order(optimizer, world: int, compiled: bool) -> dict:
-    """What backward() is given besides, where an optimizer (adahessian) needs second derivatives.
-
-    Errors: UserError where there are none.
-    """
-    if not getattr(optimizer, "is_second_order", False):
-        return {}
-    if world > 1 or compiled:
-        raise UserError("--optimizer adahessian: only for one process, and without --compile")
-    # The gradients are let go at every step, so that no memory is lost.
-    warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
-    return {"create_graph": True}
+def _refuse_what_cannot_resume(optimizer) -> None:
+    """Errors: UserError for an optimizer that train.py's step cannot serve, by what it does."""
+    inner = innermost(optimizer)
+    if getattr(inner, "is_second_order", False):
+        raise UserError("it needs second derivatives, which training does not compute")
+    if hasattr(inner, "rng") or hasattr(inner, "generator"):
+        raise UserError("it draws random numbers of its own, which a resumed run cannot repeat")
 
 
 def l1_penalty(network: nn.Module, strength: float):

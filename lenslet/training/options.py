@@ -1,33 +1,45 @@
-"""The options of training, and which of them go together."""
+"""train.py's options: the table, where their values come from, and which do not go together.
+
+A value comes from the command line, else from --config (or the resumed run's options.yaml), else
+from the recipe of the data set, else from the table's default.  Nothing here imports torch before
+the options are parsed, so that --help and a misspelt option answer at once.
+"""
 
 import argparse
 from pathlib import Path
 
+from lenslet import cli
 from lenslet.cli import (
-    Parser,
-    add_running_options,
-    create_parser,
+    alpha,
+    as_written,
+    fold,
     number,
-    parse,
+    parse_duration,
     steps_or_percent,
     steps_or_time,
-    time_span,
 )
-from lenslet.data.augment import AUGMENTATIONS
-from lenslet.data.load import recipe_for
-from lenslet.errors import UserError
-from lenslet.training.losses import LOSSES, loss_name
-from lenslet.training.optimizers import OPTIMIZERS, optimizer_name
-from lenslet.training.schedules import schedule_name
-from model import network_defaults
+from lenslet.errors import UserError, error_context, nearest
+from lenslet.training.schedules import parse_schedule
 
 METRICS = ("accuracy", "f1", "loss")
-MEMORISED = 200  # epochs that --overfit takes at most, where --epochs does not say more
+LOSSES = ("cross-entropy", "focal", "bce", "mse")
+AUGMENTATIONS = ("none", "light", "standard", "trivial", "rand")
+# Tested by name; any other optimizer of timm's works too.
+OPTIMIZERS = ("sgd", "adam", "adamw", "adabelief", "ranger", "muon")
+MEMORIZED_AFTER = 200  # epochs that --overfit takes at most, unless --epochs says more
+# Options that change no bit of the weights: an interrupted run may go on with other values.
+FREE = {"output", "workers", "log_every", "save_every", "watch"}
+# What to try when gradients go wrong, by the kinds of watch.judge().
+REMEDIES = {
+    "infinite": "lower --lr, or set --clip",
+    "exploding": "lower --lr, or set --clip or --warmup",
+    "vanishing": "batch norm, residual connections, or ReLU instead of sigmoid may help",
+}
 
 
-def build_parser(description: str = "") -> Parser:
+def build_parser(description: str = "") -> cli.Parser:
     """train.py's parser; description is its module docstring."""
-    parser = create_parser(description)
+    parser = cli.create_parser(description)
     flag = argparse.BooleanOptionalAction
     share, count = number(float, 0, 1), number(int, 1)
     positive = number(float, 0, above=True)
@@ -35,170 +47,283 @@ def build_parser(description: str = "") -> Parser:
     add("--config", metavar="FILE", help="a YAML file of options, or a recipe's name")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="a known set's name, or a folder (default: cifar10)")
-    help = "kept of the training pictures where there is no val/; 0: train on all, keep the last"
+    add("--data", help="a known set's name, or a folder of images (default: cifar10)")
+    help = "share of the training images kept for validation where there is no val/; 0: none"
     add("--val", metavar="SHARE", type=number(float, 0, 0.9), default=0.1, help=help)
-    help = "validate on the K-th of N parts of the training pictures instead (`make folds`)"
-    add("--fold", metavar="K/N", type=fold, help=help)
-    help = "for a quick try: train on so many pictures only, and validate on as many at most"
+    help = "validate on the K-th of N parts of the training images instead (see `make folds`)"
+    add("--fold", metavar="K/N", type=as_written(fold), help=help)
+    help = "for a quick try: use only N training images, and at most N validation images"
     add("--limit", metavar="N", type=number(int, 2), help=help)
-    help = "a check: can so many pictures be learned by heart, without anything that hinders it?"
+    help = "sanity check: can the network memorize N images, with all regularization off?"
     add("--overfit", metavar="N", type=number(int, 2), help=help)
-    help = "side that the network is fed (default: small pictures' own, or the network's)"
+    help = "side of the images that the network is fed (default: that of small images, or its own)"
     add("--image-size", metavar="PIXELS", type=count, help=help)
-    help = "of each channel, 0..1 scale (default: small pictures' own, or the network's)"
+    help = "of each channel, 0..1 scale (default: that of small images, or the network's)"
     add("--mean", metavar="X", type=share, nargs="+", help=help)
     add("--std", metavar="X", type=number(float, 0, 1, above=True), nargs="+", help="likewise")
 
     add = parser.add_argument_group("augmentation").add_argument
     help = (
-        "light: shifts, or random crops of photographs; standard: and mirroring; trivial, rand: and"
-        " a random change or two (TrivialAugment, RandAugment)"
+        "light: shifts, or random crops of photographs; standard: mirroring too; trivial, rand: "
+        "one or two random operations more (TrivialAugment, RandAugment)"
     )
-    add("--augment", choices=list(AUGMENTATIONS), default="none", help=help)
-    help = "of the pictures that lose a rectangle (random erasing)"
+    add("--augment", choices=AUGMENTATIONS, default="none", help=help)
+    help = "share of the images that lose a rectangle (random erasing)"
     add("--erase", metavar="SHARE", type=share, default=0.0, help=help)
-    help = "mix pictures in pairs, the more evenly the larger (0.2)"
+    help = "mix images in pairs, the more evenly the larger ALPHA is (0.2)"
     add("--mixup", metavar="ALPHA", type=alpha, default=0.0, help=help)
-    help = "replace a rectangle by another picture's (1)"
+    help = "replace a rectangle by another image's (1)"
     add("--cutmix", metavar="ALPHA", type=alpha, default=0.0, help=help)
 
     add = parser.add_argument_group("network").add_argument
     add("--model", help="one of `python model.py`, a timm name, or torchvision/NAME")
     help = "channels of fastnet's first block (default: 32, or what suits --time)"
     add("--width", metavar="N", type=number(int, 8, 1024), help=help)
-    help = "zero that share of what the last layer is fed"
-    add("--dropout", metavar="SHARE", type=number(float, 0, 0.99), default=0.0, help=help)
-    help = "begin with the weights of a file or URL (.safetensors, .pth), or with timm's"
+    help = "dropout before the last layer"
+    add("--dropout", metavar="P", type=number(float, 0, 0.99), default=0.0, help=help)
+    help = "start from the weights of a file or URL (.safetensors, .pth), or from timm's"
     add("--pretrained", metavar="PATH|URL|timm", help=help)
-    help = "train only the last layer for so many epochs"
+    help = "train only the last layer for the first N epochs"
     add("--freeze-epochs", metavar="N", type=number(int, 0), default=0, help=help)
     help = "never train the layers or parameters of these names ('blocks.0*')"
     add("--freeze", metavar="PATTERN", nargs="+", help=help)
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", metavar="N", type=count, default=10, help="times through all pictures")
-    help = "train for so long (60s, 5m, 2h) instead, all from the first step to the last counted in"
-    add("--time", metavar="T", type=time_span, help=help)
-    help = "weights trained with --time: repeat their steps, whatever the clock says"
-    add("--plan", metavar="FILE", help=help)
-    help = "pictures per optimizer step, over all processes"
+    add("--epochs", metavar="N", type=count, default=10, help="passes over all training images")
+    help = "train for this long instead (60s, 5m, 2h), from the first step to the last"
+    add("--time", metavar="T", type=as_written(parse_duration), help=help)
+    add("--plan", metavar="FILE", help=argparse.SUPPRESS)  # reproduce.py's: a timed run's steps
+    help = "images per optimizer step, over all processes"
     add("-b", "--batch-size", metavar="N", type=count, default=64, help=help)
-    help = "compute a batch in so many parts of 2 or more pictures, to save memory"
-    add("--accumulate", metavar="PARTS", type=count, default=1, help=help)
-    help = f"{', '.join(OPTIMIZERS)}, or any name of timm's; adamw suits most networks"
-    add("--optimizer", metavar="NAME", type=optimizer_name, default="adamw", help=help)
+    help = "compute a batch in N parts of at least 2 images, to save memory; same result"
+    add("--accumulate", metavar="N", type=count, default=1, help=help)
+    help = f"{', '.join(OPTIMIZERS)}, or any of timm's; adamw suits most networks"
+    add("--optimizer", metavar="NAME", default="adamw", help=help)
     add("--lr", metavar="X", type=positive, default=0.001, help="learning rate")
-    add("--momentum", metavar="X", type=share, default=0.9, help="of sgd, muon and their like")
-    add("--nesterov", action=flag, default=False, help="Nesterov's momentum for sgd")
-    help = "pull to zero, of all but biases and norms"
+    add("--momentum", metavar="X", type=share, default=0.9, help="of sgd, muon and the like")
+    add("--nesterov", action=flag, default=False, help="Nesterov momentum for sgd")
+    help = "of all parameters but biases and norms"
     add("--weight-decay", metavar="X", type=number(float, 0), default=0.01, help=help)
-    help = "added to the loss: so much of the sum of absolute weights, of all but biases and norms"
+    help = "L1 penalty: this times the sum of absolute weights, of all but biases and norms"
     add("--l1", metavar="X", type=number(float, 0), default=0.0, help=help)
     help = (
         "of the learning rate: constant, cosine, linear, step:30:0.1, multistep:30,60:0.1, "
-        "restarts:5:2, onecycle (which moves the momentum too), plateau:0.1:3 (30, 60, 5 and 3 "
-        "are epochs)"
+        "restarts:5:2, onecycle (moves the momentum too), plateau:0.1:3; 30, 60, 5 and 3 are epochs"
     )
-    add("--schedule", metavar="NAME", type=schedule_name, default="cosine", help=help)
+    add("--schedule", metavar="NAME", type=as_written(parse_schedule), default="cosine", help=help)
     help = "optimizer steps (500), or share of them all (20%%), of linear rise to the learning rate"
-    add("--warmup", metavar="N", type=steps_or_percent, default="0", help=help)
-    help = "largest norm of all gradients together"
+    add("--warmup", metavar="N", type=as_written(steps_or_percent), default="0", help=help)
+    help = "clip the norm of all gradients together to this"
     add("--clip", metavar="NORM", type=positive, help=help)
-    help = "of the first weights, the order and the augmentation"
+    help = "of the initial weights, the order of the images, and the augmentation"
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help=help)
 
     add = parser.add_argument_group("loss").add_argument
-    help = f"{', '.join(LOSSES)}; focal:2 is focal with its gamma; mse: of probabilities"
-    add("--loss", metavar="NAME", type=loss_name, default="cross-entropy", help=help)
-    help = "of the true class's weight in the loss, spread over all classes"
+    help = f"{', '.join(LOSSES)}; focal:2 sets focal's gamma; mse is of the probabilities"
+    add("--loss", metavar="NAME", type=as_written(loss), default="cross-entropy", help=help)
+    help = "share of the true class's weight that is spread over all classes"
     add("--label-smoothing", metavar="SHARE", type=number(float, 0, 0.99), default=0.0, help=help)
     help = "of the classes in the loss: balanced, for classes of unequal size, or W1,W2,…"
-    add("--class-weights", metavar="WEIGHTS", type=class_weights, help=help)
-    help = "of single pictures in the loss: a CSV file with the columns file and weight"
-    add("--picture-weights", metavar="FILE", help=help)
-    help = "learn from the answers of these weights too (distillation)"
+    add("--class-weights", metavar="WEIGHTS", type=as_written(class_weights), help=help)
+    help = "of single images in the loss: a CSV file with the columns file and weight"
+    add("--image-weights", metavar="FILE", help=help)
+    help = "distillation: learn from the answers of these weights too"
     add("--teacher", metavar="WEIGHTS", help=help)
-    help = "of the teacher in the loss (0.5)"
+    help = "share of the teacher in the loss (0.5)"
     add("--teacher-share", metavar="SHARE", type=share, help=help)
-    help = "that softens both answers (4)"
+    help = "softens the answers of both (4)"
     add("--temperature", metavar="T", type=positive, help=help)
 
     add = parser.add_argument_group("what is kept").add_argument
-    help = "by which an epoch is the best: accuracy, macro f1 or loss on the validation pictures"
-    add("--metric", choices=METRICS, help=f"{help} (default: accuracy)")
-    help = "weights: best epoch's (default), last one's, or the best and all of them in epochs/"
+    help = "validation figure that makes an epoch the best (default: accuracy; f1 is the macro F1)"
+    add("--metric", choices=METRICS, help=help)
+    help = "weights of the best epoch (default), of the last, or the best and all in epochs/"
     add("--keep", choices=["best", "last", "all"], help=help)
-    help = "stop after so many epochs without a better one; 0: never"
-    add("--patience", metavar="EPOCHS", type=number(int, 0), help=help)
-    help = "by how much better, for --patience and plateau"
+    help = "stop after N epochs without a better one; 0: never"
+    add("--patience", metavar="N", type=number(int, 0), help=help)
+    help = "what counts as better, for --patience and plateau"
     add("--min-delta", metavar="X", type=number(float, 0), default=0.0, help=help)
-    help = "keep a moving average of the weights, of about 1 / (1 - DECAY) steps (0.999)"
+    help = "keep a moving average of the weights over about 1 / (1 - DECAY) steps (0.999)"
     add("--ema", metavar="DECAY", type=number(float, 0, 0.999999, above=True), help=help)
 
-    add = add_running_options(parser)
-    help = "let torch compile the network, which takes a minute, and did not pay on a CPU"
+    add = cli.add_running_options(parser)
+    help = "torch.compile the network: takes a minute, and has not paid off on a CPU"
     add("--compile", action=flag, default=False, help=help)
-    help = "have a GPU compute the same bits every time, as a CPU does: slower"
+    help = "make a GPU compute the same bits every time, as a CPU does; slower"
     add("--deterministic", action=flag, default=False, help=help)
 
     add = parser.add_argument_group("output").add_argument
     add("--output", metavar="DIR", help="run folder (default: runs/<data>-<model>)")
     help = "steps (500) or time (90s, 5m, 2h) between checkpoints; each epoch ends with one too"
-    add("--save-every", metavar="N", type=steps_or_time, default="5m", help=help)
-    help = "go on with this run, with its options (default: the unfinished run with these options)"
+    add("--save-every", metavar="N", type=as_written(steps_or_time), default="5m", help=help)
+    help = "go on with this run and its options (default: the unfinished run with the same options)"
     add("--resume", metavar="RUN", help=help)
-    help = "begin a new run"
+    help = "start a new run"
     add("--no-resume", dest="resume", action="store_const", const=False, help=help)
     help = "steps between two points of the loss curve"
-    add("--log-every", metavar="STEPS", type=count, default=50, help=help)
-    help = "gradients, histograms, feature maps and the graph for TensorBoard; costs up to 5 %%"
+    add("--log-every", metavar="N", type=count, default=50, help=help)
+    help = "log gradients, histograms, feature maps and the graph; costs up to 5 %% of the time"
     add("--watch", action=flag, default=False, help=help)
     return parser
 
 
-def fold(text: str) -> str:
-    """An argparse type: '2/5', as it was written."""
-    part, slash, parts = text.partition("/")
-    if not slash:
-        raise argparse.ArgumentTypeError(f"{text!r} is no fold like 2/5")
-    number(int, 1, number(int, 2)(parts))(part)
-    return text
+def loss(text: str) -> None:
+    """An argparse type: a name of LOSSES; focal may have its gamma ('focal:2')."""
+    name, colon, gamma = text.partition(":")
+    if name not in LOSSES or (colon and name != "focal"):
+        known = f"{nearest(name, LOSSES)}: {', '.join(LOSSES)}"
+        raise argparse.ArgumentTypeError(f"no loss {text!r}{known}")
+    if colon:
+        number(float, 0)(gamma)
 
 
-def alpha(text: str) -> float:
-    """An argparse type: 0, or a parameter that a Beta distribution can be drawn with."""
-    value = number(float, 0, 100)(text)
-    return value and number(float, 0.01)(text)
+def class_weights(text: str) -> None:
+    """An argparse type: 'balanced' or 'w1,w2,…'."""
+    weights = [1] if text == "balanced" else [number(float, 0)(word) for word in text.split(",")]
+    if not any(weights):
+        raise argparse.ArgumentTypeError("no weight is above 0")
 
 
-def class_weights(text: str) -> str:
-    """An argparse type: 'balanced' or 'w1,w2,…', as it was written."""
-    if text != "balanced":
-        weights = [number(float, 0)(word) for word in text.split(",")]
-        if not any(weights):
-            raise argparse.ArgumentTypeError("no weight is above 0")
-    return text
+def parse(argv: list[str] | None, description: str = "") -> dict:
+    """The options given on the command line, in --config and by the resumed run: {name: value}.
 
-
-def complete(parser: Parser, typed, argv: list[str] | None, data: str):
-    """All options of a training on a data set: those typed, over those of the set's recipe.
-
-    typed: argv alone, parsed.  Errors: UserError, as settle() and for a network that is unknown.
+    Errors: UserError naming the option and, if it comes from one, the file.
     """
-    args = typed
-    if not args.model and not args.config:
-        args = parse(parser, argv, recipe=recipe_for(data))
+    parser = build_parser(description)
+    given = cli.explicit(parser, argv)
+    layers = [cli.read_config(parser, given["config"])] if given.get("config") else []
+    if given.get("resume"):
+        layers.insert(0, cli.read_config(parser, find_run(given["resume"]) / "options.yaml"))
+    return {name: value for layer in [*layers, given] for name, value in layer.items()}
+
+
+def find_run(path: str) -> Path:
+    """The run folder that --resume names, itself or by something in it.  Errors: UserError."""
+    here = Path(path).resolve()
+    for run in (here, *here.parents):
+        if (run / "options.yaml").is_file():
+            return run
+    raise UserError(f"--resume {path}: not in a run folder (one with options.yaml)")
+
+
+def needs_recipe(given: dict) -> bool:
+    """Whether the recipe of the data set supplies the defaults: it was made for its own network."""
+    return not (given.get("model") or given.get("config") or given.get("resume"))
+
+
+def complete(given: dict, data: str, recipe: str | None) -> argparse.Namespace:
+    """All options of a training on a data set: those given, over those of its recipe.
+
+    Errors: UserError for a name that is not known, and as check().
+    """
+    # These import torch.
+    from lenslet.training.optimizers import check_optimizer
+    from model import network_defaults
+
+    parser = build_parser()
+    layers = [cli.read_config(parser, recipe)] if recipe else []
+    args = cli.layered(parser, *layers, given)
+    args.data = data
     if not args.model:
         raise UserError(f"--config {args.config} names no model: add one there, or give --model")
-    args.data = data
+    for name in ("pretrained", "teacher", "image_weights", "plan"):
+        path = getattr(args, name)
+        if path and path != "timm" and Path(path).exists():  # the run may go on from elsewhere
+            setattr(args, name, str(Path(path).resolve()))
+    if args.overfit:
+        turn_off_regularization(args)
     check(args)
-    network_defaults(args.model)  # a misspelt name ends here, before any download
+    with error_context("--optimizer"):
+        check_optimizer(args.optimizer)
+    with error_context("--model"):
+        network_defaults(args.model)
     return args
 
 
+def turn_off_regularization(args) -> None:
+    """What --overfit trains without; image weights and the network stay."""
+    for other in ("fold", "limit", "time", "plan", "teacher", "freeze_epochs"):
+        if getattr(args, other):
+            raise UserError(f"--overfit does not go with --{other.replace('_', '-')}")
+    for name in ("erase", "mixup", "cutmix", "dropout", "weight_decay", "l1", "label_smoothing"):
+        setattr(args, name, 0.0)
+    args.augment, args.schedule, args.warmup, args.ema = "none", "constant", "0", None
+    args.patience, args.min_delta, args.metric, args.keep = 0, 0.0, None, None
+    args.epochs = max(args.epochs, MEMORIZED_AFTER)
+    args.batch_size = min(args.batch_size, args.overfit)
+
+
+def check(args) -> None:
+    """Refuse options that do not go together, before anything is read or fetched.
+
+    Errors: UserError naming them.
+    """
+    mixes = [f"--{name}" for name in ("mixup", "cutmix") if getattr(args, name)]
+    soft = " and ".join(mixes + (["--label-smoothing"] if args.label_smoothing else []))
+    uses_scores = args.patience or args.schedule.startswith("plateau")
+    refusals = {
+        f"--loss {args.loss} needs images of one class each: leave out {soft}": (
+            args.loss.startswith("focal") and soft
+        ),
+        "--nesterov needs --optimizer sgd and a --momentum": (
+            args.nesterov and (args.optimizer != "sgd" or not args.momentum)
+        ),
+        f"--width is an option of fastnet, not of {args.model}": (
+            args.width and args.model != "fastnet"
+        ),
+        "--freeze-epochs needs --pretrained: random weights are nothing to keep": (
+            args.freeze_epochs and not args.pretrained
+        ),
+        "--teacher-share and --temperature need a --teacher": (
+            not args.teacher and (args.teacher_share is not None or args.temperature)
+        ),
+        "--teacher-share 0 leaves the teacher out: leave out --teacher": (
+            args.teacher and args.teacher_share == 0
+        ),
+        "--min-delta needs --patience or --schedule plateau": args.min_delta and not uses_scores,
+        "--metric chooses nothing with --keep last: leave one out": (
+            args.metric and args.keep == "last" and not uses_scores
+        ),
+    }
+    for message, refused in refusals.items():
+        if refused:
+            raise UserError(message)
+    if not validates(args):
+        for option in needing_validation(args):
+            raise UserError(f"{option} needs validation images: set --val above 0, or --fold")
+
+
+def check_with_data(args, data, weights, teacher: dict | None) -> None:
+    """Refuse what does not go with the data, before there is a run folder.
+
+    weights float [N]: of the training images; teacher: its header.  Errors: UserError.
+    """
+    count = len(data.splits["train"])
+    if "val" not in data.splits:
+        for option in needing_validation(args):
+            raise UserError(f"{option} needs validation images, and --val {args.val} leaves none")
+    if args.overfit and count < args.overfit:
+        raise UserError(f"--overfit {args.overfit}: there are only {count} training images")
+    if not weights.any():
+        raise UserError("--class-weights, --image-weights: no image has a weight above 0")
+    for key, ours in (("classes", data.classes), ("channels", data.channels)):
+        if teacher and teacher[key] != ours:
+            raise UserError(f"--teacher {args.teacher}: has {key} {teacher[key]}, not {ours}")
+
+
+def needing_validation(args) -> list[str]:
+    """The options given that need validation images."""
+    needing = {
+        "--metric": args.metric,
+        "--patience": args.patience,
+        "--keep best": args.keep == "best",
+        "--schedule plateau": args.schedule.startswith("plateau"),
+    }
+    return [option for option, given in needing.items() if given]
+
+
 def validates(args) -> bool:
-    """Whether there is anything to judge an epoch by."""
+    """Whether there are images to validate an epoch on."""
     return bool(args.val or args.fold or args.overfit)
 
 
@@ -209,104 +334,28 @@ def run_name(args) -> str:
     return f"{name}-overfit-{args.overfit}" if args.overfit else name
 
 
-def check(args) -> None:
-    """Refuse what makes no sense together, and set what follows from other options.
-
-    Before anything is read or fetched.  Errors: UserError.
+def advice(args) -> tuple[str, str, str]:
+    """What to try, for meter.advice(): when GPU memory is short, when an operation is not
+    deterministic, and when a process that decodes images was killed.
     """
-    for name in ("pretrained", "teacher", "picture_weights", "plan"):
-        path = getattr(args, name)
-        if path and path != "timm" and Path(path).exists():  # wherever the next command is given
-            setattr(args, name, str(Path(path).resolve()))
-    if args.overfit:
-        _for_overfitting(args)
-    mixes = [f"--{name}" for name in ("mixup", "cutmix") if getattr(args, name)]
-    soft = " and ".join(mixes + (["--label-smoothing"] if args.label_smoothing else []))
-    by_scores = args.patience or args.schedule.startswith("plateau")
-    refusals = [
-        (
-            args.loss.startswith("focal") and soft,
-            f"--loss {args.loss} is for pictures of one class each: leave out {soft}",
-        ),
-        (
-            args.nesterov and (args.optimizer != "sgd" or not args.momentum),
-            "--nesterov is for --optimizer sgd with a --momentum",
-        ),
-        (
-            args.width and args.model != "fastnet",
-            f"--width is of fastnet, not of {args.model}",
-        ),
-        (
-            args.freeze_epochs and not args.pretrained,
-            "--freeze-epochs is for --pretrained weights: nothing is learned from random ones",
-        ),
-        (
-            not args.teacher and (args.teacher_share is not None or args.temperature),
-            "--teacher-share and --temperature are for a --teacher",
-        ),
-        (
-            args.teacher and args.teacher_share == 0,
-            "--teacher-share 0 leaves the teacher out: leave out --teacher",
-        ),
-        (
-            args.min_delta and not by_scores,
-            "--min-delta is for --patience or --schedule plateau",
-        ),
-        (
-            args.metric and args.keep == "last" and not by_scores,
-            "--metric chooses nothing with --keep last: leave one out",
-        ),
-        *(
-            (
-                not validates(args),
-                f"{wish} needs validation pictures: give a --val above 0, or --fold",
-            )
-            for wish in needing_validation(args)
-        ),
-    ]
-    for refused, said in refusals:
-        if refused:
-            raise UserError(said)
+    tried = f"--batch-size {args.batch_size} --accumulate {args.accumulate}"
+    return (
+        f"with {tried}; try --accumulate {2 * args.accumulate}, which gives the same result, or "
+        f"--batch-size {max(1, args.batch_size // 2)}",
+        "leave out --deterministic",
+        "If memory was short, try fewer --workers; the same command goes on",
+    )
 
 
-def needing_validation(args) -> list[str]:
-    """The options given that need validation pictures."""
-    given = {
-        "--metric": args.metric,
-        "--patience": args.patience,
-        "--keep best": args.keep == "best",
-        "--schedule plateau": args.schedule.startswith("plateau"),
-    }
-    return [option for option, value in given.items() if value]
-
-
-def check_with_data(args, data, importance, teacher) -> None:
-    """Refuse what does not go with the data, before there is a run folder.
-
-    importance float [N]: what each training picture weighs; teacher: as checkpoint.load_model()
-    gives it, or None.  Errors: UserError.
-    """
-    count = len(data.splits["train"])
-    if "val" not in data.splits:
-        for wish in needing_validation(args):
-            raise UserError(f"{wish} needs validation pictures: --val {args.val} leaves none")
-    if args.overfit and count < args.overfit:
-        raise UserError(f"--overfit {args.overfit}: there are {count} training pictures")
-    if not importance.any():
-        raise UserError("--class-weights, --picture-weights: no picture is left with a weight")
-    for key, ours in (("classes", data.classes), ("channels", data.channels)):
-        if teacher and teacher[2][key] != ours:
-            raise UserError(f"--teacher {args.teacher}: has {key} {teacher[2][key]}, not {ours}")
-
-
-def _for_overfitting(args) -> None:
-    """What --overfit is without; the picture weights and the network stay."""
-    for other in ("fold", "limit", "time", "plan", "teacher", "freeze_epochs"):
-        if getattr(args, other):
-            raise UserError(f"--overfit goes without --{other.replace('_', '-')}")
-    for name in ("erase", "mixup", "cutmix", "dropout", "weight_decay", "l1", "label_smoothing"):
-        setattr(args, name, 0.0)
-    args.augment, args.schedule, args.warmup, args.ema = "none", "constant", "0", None
-    args.patience, args.min_delta, args.metric, args.keep = 0, 0.0, None, None
-    args.epochs = max(args.epochs, MEMORISED)
-    args.batch_size = min(args.batch_size, args.overfit)
+def differences(run: Path, args) -> str:
+    """How a run's options differ from these in what its weights depend on; '' if they do not."""
+    parser = build_parser()
+    try:
+        before = vars(cli.layered(parser, cli.read_config(parser, run / "options.yaml")))
+    except UserError:
+        return "its options.yaml cannot be read"
+    now = cli.stored(args)
+    changed = [name for name in now if name not in FREE and before[name] != now[name]]
+    return ", ".join(
+        f"--{name.replace('_', '-')} was {before[name]}, now {now[name]}" for name in changed
+    )

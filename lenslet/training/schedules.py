@@ -1,4 +1,4 @@
-"""The learning rate of every step."""
+"""The learning rate of every optimizer step."""
 
 import math
 from argparse import ArgumentTypeError
@@ -19,12 +19,6 @@ SCHEDULES = {
 }
 
 
-def schedule_name(text: str) -> str:
-    """An argparse type: a name of SCHEDULES with its numbers, as it was written."""
-    parse_schedule(text)
-    return text
-
-
 def parse_schedule(text: str) -> tuple[str, list]:
     """'step:30:0.1' as ('step', [30.0, 0.1]); of multistep the first is a list."""
     name, *given = text.split(":")
@@ -36,12 +30,12 @@ def parse_schedule(text: str) -> tuple[str, list]:
     needed = sum(isinstance(value, str) for value in wanted)
     if not needed <= len(given) <= len(wanted):
         form = ":".join([name, *("EPOCHS" if isinstance(x, str) else str(x) for x in wanted)])
-        raise ArgumentTypeError(f"{text!r} has not the form {form}")
+        raise ArgumentTypeError(f"{text!r} should look like {form}")
     words = [*given, *map(str, wanted[len(given) :])]
     if name == "multistep":
         epochs = [number(float, 0, above=True)(word) for word in words[0].split(",")]
         if sorted(set(epochs)) != epochs:
-            raise ArgumentTypeError(f"{text!r}: its epochs do not rise")
+            raise ArgumentTypeError(f"{text!r}: its epochs must increase")
         return name, [epochs, number(float, 0, 1, above=True)(words[1])]
     if name == "plateau":
         return name, [number(float, 0, 1, above=True)(words[0]), number(int, 0)(words[1])]
@@ -52,10 +46,11 @@ def parse_schedule(text: str) -> tuple[str, list]:
 
 
 class Schedule:
-    """The learning rate of every optimizer step, as a share of --lr.
+    """The learning rate of every optimizer step.
 
     text: as SCHEDULES says.  warmup: steps ("500") or a share of all ("20%") of linear rise before
-    it.  per_epoch: optimizer steps of an epoch.
+    it.  per_epoch: optimizer steps of an epoch.  lr: what every factor multiplies.  plan: the
+    clock.Plan that says how far training is at a step.
 
         constant, cosine, linear   no change, half a cosine or a line to zero at the end
         step:E:F                   times F (0.1) after every E epochs
@@ -68,13 +63,14 @@ class Schedule:
                                    0, from 0.95 to 0.85 and back (Smith, Topin 2017:
                                    arXiv:1708.07120)
 
-    Nothing is counted in calls: the rate depends on the step, the plan, and validation scores, so
-    it is the same on any number of processes and in a run that goes on.
+    Calls are not counted: the rate depends on the step, the plan and the validation scores, so it
+    is the same on any number of processes and in a resumed run.
     """
 
-    def __init__(self, text: str, warmup: str, per_epoch: int, min_delta: float = 0.0):
+    def __init__(self, text, warmup, per_epoch, min_delta=0.0, lr=1.0, plan=None):
         self.name, self.numbers = parse_schedule(text)
         self.warmup, self.per_epoch, self.min_delta = warmup, per_epoch, min_delta
+        self.lr, self.plan = lr, plan
 
     def factor(self, step: int, progress: float, total: int, scores: list[float] = ()) -> float:
         """The share at optimizer step `step` (0-based) of `total`, where `progress` (0..1) is done.
@@ -107,18 +103,21 @@ class Schedule:
             return self.numbers[0] ** times_reduced(scores, self.numbers[1], self.min_delta)
         return 1.0
 
-    def apply(self, optimizer, lr: float, step: int, progress: float, total: int, scores) -> None:
-        """Set the learning rate of step `step`, and the momentum where the schedule has one."""
+    def apply(self, optimizer, step: int, scores: list[float]) -> float:
+        """Set, and return, the learning rate of step `step`; the momentum too if it changes."""
+        progress, total = self.plan.progress(step)
+        lr = self.lr * self.factor(step, progress, total, scores)
         momentum = self.momentum(progress, total)
         for group in optimizer.param_groups:
-            group["lr"] = lr * self.factor(step, progress, total, scores)
+            group["lr"] = lr
             if momentum and "betas" in group:
                 group["betas"] = (momentum, *group["betas"][1:])
             if momentum and group.get("momentum"):
                 group["momentum"] = momentum
+        return lr
 
     def momentum(self, progress: float, total: int) -> float | None:
-        """What the momentum is set to, if it is."""
+        """What the momentum is set to; None: it stays."""
         if self.name != "onecycle":
             return None
         rise = self.rise(total)

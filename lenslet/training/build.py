@@ -1,0 +1,334 @@
+"""From train.py's options to what its loop works with: data, network, plan and objective."""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from lenslet.cli import parse_duration, stored
+from lenslet.data.augment import Augment
+from lenslet.data.batches import Data, evenly_spaced, on_device
+from lenslet.data.load import RECIPES, choose_data, load, recipe_for
+from lenslet.data.prepare import Prepare, channel_statistics
+from lenslet.distributed import start
+from lenslet.distributed.determinism import compute_deterministically, environment
+from lenslet.errors import UserError, error_context
+from lenslet.metrics import evaluation_batch
+from lenslet.training import losses, options, pretrained
+from lenslet.training.clock import Plan, choose_width, measure_speed
+from lenslet.training.net import Freezer, Net
+from lenslet.training.optimizers import create_optimizer
+from lenslet.weights import read_header
+from model import create_model, head_of, load_model, network_defaults
+
+
+@dataclass
+class Inputs:
+    """What a training starts from."""
+
+    accelerator: Accelerator
+    data: Data
+    train_loader: DataLoader
+    val_loader: DataLoader | None
+    image_weights: Tensor  # float [N], of the training images in the loss
+    pretrained: dict[str, Tensor]  # {} without --pretrained
+    pretrained_header: dict  # {} where train.py did not write them
+    teacher: tuple | None  # as load_model() gives it
+    mean: list[float]  # of each channel, 0..1 scale
+    std: list[float]
+    planned: dict | None  # header of the weights whose steps --plan repeats
+    sha256: dict[str, str | None]  # of all these: a run does not go on with others
+    notes: list[str] = field(default_factory=list)  # what pretrained weights fitted, a line each
+
+
+def begin(given: dict):
+    """Join the other processes; all options, and the Accelerator.
+
+    given: as options.parse() returns it.  The main process chooses the data set and its recipe.
+    Errors: UserError for options that do not go together, before anything is downloaded.
+    """
+    state = start.start_processes(given.get("threads"))
+    name, recipe = given.get("data"), None
+    if options.needs_recipe(given):
+        with error_context(f"--data {name}"):
+            recipe = start.from_main_process(state, lambda: recipe_for(name or "cifar10"))
+    args = options.complete(given, name or "cifar10", recipe)
+    with error_context(f"--data {name}"):
+        args.data = start.from_main_process(state, lambda: choose_data(name))
+    if not name and args.data != "cifar10":
+        args = options.complete(given, args.data, recipe and RECIPES[args.data])
+    world = state.num_processes
+    if args.batch_size % world:
+        near = max(world, args.batch_size // world * world)
+        option = "overfit" if args.batch_size == args.overfit else "batch-size"
+        raise UserError(
+            f"--{option} {args.batch_size} cannot be divided among {world} processes; "
+            f"{near} and {near + world} can"
+        )
+    if args.deterministic:
+        compute_deterministically()
+    accelerator = start.create_accelerator(given.get("precision", "auto"), args.precision)
+    return args, accelerator
+
+
+def read_inputs(args, accelerator: Accelerator) -> Inputs:
+    """The data and the weights that a training starts from.
+
+    The main process inspects the files of a folder first; the others read what it found.
+    Errors: UserError, OutsideError, naming the option.
+    """
+    state, tensors, header, teacher = start.PartialState(), {}, {}, None
+    if args.pretrained:
+        with error_context(f"--pretrained {args.pretrained}"):
+            tensors, header = start.main_process_first(
+                state, lambda: pretrained.read_weights(args.pretrained, args.model)
+            )
+    if args.teacher:
+        with error_context("--teacher"):
+            teacher = load_model(args.teacher)
+    data = _load_data(args)
+    train = data.splits["train"]
+    with error_context(f"--image-weights {args.image_weights}"):
+        weights, weights_sha256 = losses.image_weights(args.image_weights, args.data, train)
+    counts = train.labels.bincount(minlength=len(data.classes))
+    with error_context("--class-weights"):
+        weights *= losses.class_weights(args.class_weights, counts)[train.labels]
+    options.check_with_data(args, data, weights, teacher and teacher[2])
+    mean, std = choose_statistics(args, data, header)
+    planned = _read_planned(args) if args.plan else None
+    world = accelerator.num_processes
+    if len(train) < 2 * world:
+        raise UserError(f"--data {args.data}: {len(train)} training images are too few")
+    data.to(accelerator.device)
+    shared = {"workers": start.decoding_workers(args.workers), "world": world}
+    shared["rank"] = accelerator.process_index
+    val_batch = evaluation_batch(args.batch_size, args.accumulate, world, train.in_memory)
+    return Inputs(
+        accelerator,
+        data,
+        data.loader("train", args.batch_size, seed=args.seed, augment=args.augment, **shared),
+        data.loader("val", val_batch, **shared) if "val" in data.splits else None,
+        weights,
+        tensors,
+        header,
+        teacher,
+        mean,
+        std,
+        planned,
+        {
+            "images": data.sha256,
+            "image weights": weights_sha256,
+            "teacher": teacher and teacher[2]["sha256"],
+            "pretrained weights": header.get("sha256"),
+        },
+    )
+
+
+def _load_data(args) -> Data:
+    """The training and validation images; with --overfit, both are the same."""
+    defaults = network_defaults(args.model)
+    validates = options.validates(args) and not args.overfit
+    with error_context(f"--data {args.data}"):
+        data = start.main_process_first(
+            start.PartialState(),
+            lambda: load(
+                args.data,
+                ["train", "val"] if validates else ["train"],
+                val=args.val if validates else 0,
+                fold=args.fold,
+                limit=args.limit or args.overfit,
+                photo_size=args.image_size or defaults["image_size"],
+                crop=defaults["crop"],
+                skip_broken=args.skip_broken,
+                workers=start.decoding_workers(args.workers),
+            ),
+        )
+    if args.overfit:
+        data.splits["val"] = data.splits["train"]
+    return data
+
+
+def choose_statistics(args, data: Data, known: dict) -> list[list[float]]:
+    """Mean and deviation of each channel, 0..1 scale: as given, those that pretrained weights of
+    ours are used to (known), small images' own, or the network's.
+    """
+    train, statistics, chosen = data.splits["train"], known, []
+    if not known:
+        statistics = network_defaults(args.model)
+        if args.pretrained != "timm" and train.in_memory and not (args.mean and args.std):
+            parts = torch.arange(len(train)).split(256)
+            statistics = channel_statistics(train.pixels(part) for part in parts)
+    for key in ("mean", "std"):
+        values = getattr(args, key) or statistics[key]
+        if len(values) not in (1, 3, data.channels):
+            raise UserError(f"--{key}: give 1 or {data.channels} numbers, one per channel")
+        if len(values) > data.channels:  # a network for colour, and grey photographs
+            values = [sum(values) / len(values)]
+        chosen.append(values if len(values) == data.channels else values * data.channels)
+    return chosen
+
+
+def create_net(args, inputs: Inputs, width: int | None = None) -> Net:
+    """The network with its first weights, and its optimizer.
+
+    width: of fastnet; None: as --width or the pretrained weights say.
+    Errors: UserError where the network, the weights or the frozen layers do not fit.
+    """
+    data = inputs.data
+    arguments = {
+        "classes": len(data.classes),
+        "channels": data.channels,
+        "size": (args.image_size,) * 2 if args.image_size else data.image_size,
+    }
+    width = width or args.width or inputs.pretrained_header.get("model_args", {}).get("width")
+    if width:
+        arguments["width"] = width
+    torch.manual_seed(args.seed)
+    network = create_model(args.model, **arguments)
+    network.arguments = arguments
+    prepare = Prepare(inputs.mean, inputs.std, network.input_size)
+    if hasattr(network, "whiten"):
+        few = min(1000, max(10, 2**20 // math.prod(network.input_size)))
+        images = data.batch("train", evenly_spaced(len(data.splits["train"]), few)).images.cpu()
+        network.whiten(prepare(images))
+    head = head_of(network)
+    if inputs.pretrained:
+        same = inputs.pretrained_header.get("classes", data.classes) == data.classes
+        with error_context(f"--pretrained {args.pretrained}"):
+            fitted = pretrained.fit(network, inputs.pretrained, head, keep_head=same)
+        inputs.notes = [f"{args.pretrained}: {fitted[0]}", *fitted[1:]]
+    with error_context(f"--optimizer {args.optimizer}"):
+        optimizer = create_optimizer(
+            args.optimizer, network, args.lr, args.momentum, args.weight_decay, args.nesterov
+        )
+    with error_context("--freeze" if args.freeze else "--freeze-epochs"):
+        freezer = Freezer(network, args.freeze or [], args.freeze_epochs, head)
+    least = 2 * start.PartialState().num_processes
+    if args.batch_size < least and any(map(_is_batch_norm, network.modules())):
+        raise UserError(f"--batch-size: batch norm needs 2 images per process, so {least}")
+    return Net(network, optimizer, freezer, prepare)
+
+
+def _is_batch_norm(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm)
+
+
+def create_plan(args, inputs: Inputs, net: Net, saved: dict | None) -> tuple[Plan, Net]:
+    """How long to train, and the network for it: --time chooses fastnet's width.
+
+    saved: the checkpoint that the run goes on from, whose width stays.  A few steps of each width
+    are timed; Plan.spent is what that took.
+    """
+    accelerator, began = inputs.accelerator, time.perf_counter()
+    width = net.bare.arguments.get("width")
+    if planned := inputs.planned:  # a timed run's steps, whatever the clock says now
+        plan, width = Plan(planned["plan"]), planned["model_args"].get("width")
+    elif args.time:
+        plan = Plan.by_clock(parse_duration(args.time))
+    else:
+        plan = Plan([[0, 0.0, args.epochs * len(inputs.train_loader)]])
+    if saved:
+        width = saved["progress"]["width"]
+        plan.marks = saved["progress"]["marks"]
+    elif args.time and args.model == "fastnet" and not width:
+        batch = next(on_device(inputs.train_loader, accelerator.device))
+        part = max(2, len(batch.labels) // args.accumulate)
+        images = net.prepare.to(accelerator.device)(batch.images[:part])
+
+        def images_per_second(width: int) -> float:
+            network = create_model(args.model, **net.bare.arguments | {"width": width})
+            speed = measure_speed(network, images, batch.labels[:part], accelerator)
+            return accelerator.num_processes * speed
+
+        count = len(inputs.data.splits["train"])
+        width = start.from_main_process(
+            accelerator.state, lambda: choose_width(images_per_second, plan.seconds, count)
+        )
+    if width and width != net.bare.arguments.get("width"):
+        net = create_net(args, inputs, width)
+    plan.spent = time.perf_counter() - began if args.time else 0.0
+    return plan, net
+
+
+def _read_planned(args) -> dict:
+    """The header of the weights whose steps --plan repeats.  Errors: UserError."""
+    header = read_header(args.plan)
+    if not header.get("plan"):
+        raise UserError(f"--plan {args.plan}: written before plans were kept")
+    if header["model"] != args.model:
+        raise UserError(f"--plan {args.plan} is of {header['model']}, not of {args.model}")
+    return header
+
+
+def create_augment(args, inputs: Inputs) -> Augment:
+    """The random changes that the options ask for; what they uncover shows the mean colour."""
+    decoded = not inputs.data.splits["train"].in_memory
+    changes = args.erase, args.mixup, args.cutmix
+    return Augment(args.augment, decoded, args.seed, *changes, fill=inputs.mean)
+
+
+def create_objective(args, inputs: Inputs) -> losses.Objective:
+    """What the options say is minimized."""
+    accelerator, teacher = inputs.accelerator, None
+    if inputs.teacher:
+        network, prepare, _ = inputs.teacher
+        network.to(accelerator.device).requires_grad_(False)
+        prepare.to(accelerator.device)
+
+        def teacher(images):
+            with torch.no_grad(), accelerator.autocast():
+                return network(prepare(images)).float()
+
+    return losses.Objective(
+        args.loss,
+        len(inputs.data.classes),
+        inputs.image_weights.to(accelerator.device),
+        args.label_smoothing,
+        teacher,
+        0.5 if args.teacher_share is None else args.teacher_share,
+        args.temperature or 4.0,
+    )
+
+
+def create_watch(args, inputs: Inputs, net: Net, board):
+    """What --watch logs to a TensorBoard, on the main process; None without."""
+    if not args.watch or not inputs.accelerator.is_main_process:
+        return None
+    from lenslet.training.watch import Watch
+
+    first = range(min(32, len(inputs.data.splits["train"])))
+    images = inputs.data.batch("train", first).images.to(inputs.accelerator.device)
+    return Watch(
+        net.bare,
+        board,
+        net.prepare(images),
+        options.REMEDIES,
+        say=tqdm.write,
+        scaler=inputs.accelerator.scaler,
+    )
+
+
+def create_header(args, inputs: Inputs, net: Net) -> dict:
+    """What the weights file says of itself from the beginning; see weights.read_header()."""
+    data = inputs.data
+    return {
+        "model": args.model,
+        "model_args": net.bare.arguments,
+        "stem": net.bare.stem_note,
+        "classes": data.classes,
+        "channels": data.channels,
+        "image_size": data.image_size,
+        "crop": data.crop,
+        "input_size": net.bare.input_size,
+        "mean": inputs.mean,
+        "std": inputs.std,
+        "data": args.data,
+        "data_sha256": data.sha256,
+        "options": stored(args),
+        **environment(inputs.accelerator.mixed_precision),
+    }
