@@ -1,9 +1,9 @@
-"""Name what is in pictures, with probabilities, by trained weights.
+"""Name what is in images, with probabilities, by trained weights.
 
     python scripts/predict.py img.png
     python scripts/predict.py holiday/ 'scans/*.tif' --top 3 --format csv > answers.csv
 
-Nothing is needed but one weights file: the newest run's, or --weights.  A picture that cannot be
+Nothing is needed but one weights file: the newest run's, or --weights.  An image that cannot be
 read is named on standard error and the others are answered; the exit status is then 1.
 """
 
@@ -51,9 +51,9 @@ def main(argv=None) -> int:
 
 
 def find(words: list[str]) -> list[str]:
-    """The picture files that the command line means, in its order.
+    """The image files that the command line means, in its order.
 
-    Errors: UserError for a folder or a pattern with no picture in it.
+    Errors: UserError for a folder or a pattern with no image in it.
     """
     from lenslet.data.layout import find_images
 
@@ -66,7 +66,7 @@ def find(words: list[str]) -> list[str]:
         else:
             files = [word]
         if not files:
-            raise UserError(f"{word}: no pictures there")
+            raise UserError(f"{word}: no images there")
         found += files
     return found
 

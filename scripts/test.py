@@ -59,7 +59,8 @@ def main(argv=None):
     trained = header["options"]
     state = start.start_processes(args.threads)
     kept = "no" if trained["precision"] == "no" else "auto"  # the device may be another one
-    accelerator = start.create_accelerator(args.precision, otherwise=kept)
+    with error_context(f"--precision {args.precision}"):
+        accelerator = start.create_accelerator(args.precision, otherwise=kept)
     model, prepare = model.to(accelerator.device), prepare.to(accelerator.device)
 
     # The images: the first process inspects the files of a folder, the others read what it found.
@@ -128,7 +129,7 @@ def open_split(args, weights: Path, header: dict, workers: int) -> tuple:
             if data.splits:
                 break
         else:
-            raise UserError("no test/ and no val/ pictures; add a test/ folder")
+            raise UserError("no test/ and no val/ images; add a test/ folder")
     if split == "val":
         note = f"{data.name} has no test images: these are the validation images"
         chosen = (
@@ -144,7 +145,7 @@ def check_tta(augment: str, in_memory: bool) -> None:
 
     move, flip = AUGMENTATIONS[augment]
     if not (flip or (move and in_memory)):  # photographs are cropped by their decoder, not shifted
-        raise UserError(f"--tta: training (--augment {augment}) did not shift or mirror pictures")
+        raise UserError(f"--tta: training (--augment {augment}) did not shift or mirror images")
 
 
 def make_folders(output: Path) -> None:

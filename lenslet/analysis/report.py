@@ -99,7 +99,7 @@ def summary(result: dict, split: str) -> str:
     """The figures of a whole split in a line, and those of --tta in another."""
     lines = [
         f"{split} accuracy {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss "
-        f"{result['loss']:.4f}, {result['images']:,} pictures"
+        f"{result['loss']:.4f}, {result['images']:,} images"
     ]
     if same := result.get("tta"):
         lines.append(
