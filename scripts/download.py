@@ -49,7 +49,7 @@ def main(argv=None):
             export(folder, target)
         (train, *shape), (test, *_) = (stored_shape(folder, split) for split in ("train", "test"))
         print(
-            f"{name} is in {target or folder}: {train} training and {test} test images of "
+            f"{name} is in {target or folder}: {train} training and {test} test pictures of "
             f"{'×'.join(map(str, shape))}, {len(sets.SETS[name]['classes'])} classes; "
             f"next: make train DATA={shlex.quote(str(target or name))}"
         )
