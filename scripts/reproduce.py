@@ -45,7 +45,7 @@ def main(argv=None) -> int:
     args = parse(build_parser(), argv)
 
     # These import torch, which takes a second.
-    from lenslet.distributed.determinism import environment
+    from lenslet.distributed.determinism import environment_changes
     from lenslet.distributed.start import cores, start_processes
     from lenslet.runs import folder as run_folder
     from lenslet.runs import launch
@@ -59,10 +59,8 @@ def main(argv=None) -> int:
 
     # What may make a difference, said before the training.
     start_processes(header["threads"])
-    for key, now in environment(header["precision"]).items():
-        before = header[key]
-        if key != "processes" and before != now:  # which is set below
-            print(f"{key} was {before}, is {now}: the bits may differ")
+    for change in environment_changes(header | {"processes": 1}, header["precision"]):
+        print(change)  # the number of processes is set below
     if header["threads"] > cores():
         print(f"{header['threads']} threads, as then, though there are {cores()} cores")
 
@@ -84,8 +82,8 @@ def main(argv=None) -> int:
     for (step, digest), record in zip(header["digests"], records, strict=False):
         if (step, digest) != (record["step"], record["weights_sha256"]):
             print(
-                f"the weights are equal after step {last_equal}, and differ at step {step}, the end "
-                f"of epoch {record['epoch']}"
+                f"the weights are equal after step {last_equal}, and differ after step {step}, the "
+                f"end of epoch {record['epoch']}"
             )
             return 1
         last_equal = step

@@ -52,6 +52,15 @@ def environment(precision: str) -> dict:
     }
 
 
+def environment_changes(before: dict, precision: str) -> list[str]:
+    """A line for each difference between an earlier environment() and today's."""
+    return [
+        f"{key} was {before[key]}, is {now}: the last bits may differ"
+        for key, now in environment(precision).items()
+        if now != before[key]
+    ]
+
+
 def compute_deterministically() -> None:
     """Make a GPU compute the same bits every time; call it before anything has run there."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it

@@ -22,10 +22,10 @@ from tqdm import tqdm
 from lenslet import files
 from lenslet.cli import as_yaml, parse_duration, stored
 from lenslet.data.batches import on_device
-from lenslet.distributed.determinism import environment
+from lenslet.distributed.determinism import environment, environment_changes
 from lenslet.distributed.interrupts import Interrupts
 from lenslet.distributed.start import device_time, from_main_process
-from lenslet.errors import UserError, error_context
+from lenslet.errors import UserError
 from lenslet.files import atomic_write
 from lenslet.metrics import figures, score
 from lenslet.runs import checkpoint, summary
@@ -205,15 +205,12 @@ class Run:
 
     def _give_up(self, loss: float, step: int, meter: Meter) -> None:
         """End a run whose loss is not finite since step `step`."""
-        message = diverged(
-            loss, self.progress.epoch + 1, step, self.progress.lr, meter.gradient,
-            options.REMEDIES["exploding"],
-        )  # fmt: skip
-        where = self.folder / "model.safetensors"
-        kept = (
-            f"the last good weights are in {where}" if self._written else "no weights are saved yet"
-        )
-        raise UserError(f"{message}; {kept}")
+        where = f"epoch {self.progress.epoch + 1} at step {step}, lr {self.progress.lr:.2g}"
+        kept = "no weights are saved yet"
+        if self._written:
+            kept = f"the last good weights are in {self.folder / 'model.safetensors'}"
+        remedy = options.REMEDIES["exploding"]
+        raise UserError(f"{diverged(loss, where, meter.gradient)}: {remedy}; {kept}")
 
     def end_epoch(self, net: Net, meter: Meter, rows: Tensor | None) -> None:
         """Log an epoch, keep its weights if they are the best so far, save, and print a line.
@@ -223,9 +220,10 @@ class Run:
         progress, args = self.progress, self._args
         record = self._record(net, meter, rows)
         progress.history.append(record)
-        better = self._is_best(record)
+        standing = self._standing(record)
+        better = progress.best is None or standing > progress.best_score
         if better:
-            progress.best = record
+            progress.best, progress.best_score = record, standing
         progress.epoch, progress.batch, progress.epoch_seconds = progress.epoch + 1, 0, 0.0
         meter.sums.zero_()
         if args.patience and epochs_without_progress(self.scores, args.min_delta) >= args.patience:
@@ -265,15 +263,11 @@ class Run:
             self.scores.append(score(record, self._args.metric))
         return record
 
-    def _is_best(self, record: dict) -> bool:
-        """Whether an epoch is the best so far; few images often tie, then the loss decides."""
-        standing = [self.progress.epoch]
+    def _standing(self, record: dict) -> list[float]:
+        """What makes an epoch the best one: few images often tie, and then the loss decides."""
         if "val_loss" in record and self._args.keep != "last":
-            standing = [self.scores[-1], -record["val_loss"]]
-        better = self.progress.best is None or standing > self.progress.best_score
-        if better:
-            self.progress.best_score = standing
-        return better
+            return [self.scores[-1], -record["val_loss"]]
+        return [record["epoch"]]
 
     def _keep(self, net: Net, record: dict, better: bool) -> None:
         """Have the weights and the figures of an epoch written with the next save."""
@@ -291,15 +285,15 @@ class Run:
         self.board.add_epoch(record, progress.step)
 
     def save(self, net: Net, meter: Meter, last: bool = False) -> None:
-        """Write what is pending, a checkpoint and, if they are new, the best weights, in this order.
+        """Write what is pending, a checkpoint and, if new, the best weights, in this order.
 
         If that fails, training goes on with a line on the console and the checkpoint before, unless
         this was the last chance: then OSError.  Every process calls this.
         """
-        progress, accelerator = self.progress, self._accelerator
-        progress.seconds = time.perf_counter() - self._began
+        accelerator = self._accelerator
+        self.progress.seconds = time.perf_counter() - self._began
         content = {
-            "progress": dataclasses.asdict(progress),
+            "progress": dataclasses.asdict(self.progress),
             "meter": meter.state(),
             "inputs": self._inputs.sha256,
             "environment": environment(accelerator.mixed_precision),
@@ -333,38 +327,36 @@ class Run:
         The number of threads, which affects the last bits, is set to that of the checkpoint.
         Errors: UserError where it was trained on other inputs, or does not fit.
         """
-        notes, accelerator = [], self._accelerator
         for name, sha256 in self._inputs.sha256.items():
             if saved["inputs"][name] != sha256:
                 raise UserError(
-                    f"{self.folder}: the {name} have changed since; start anew with --no-resume"
+                    f"{self.folder}: not the same {name} as before; start anew with --no-resume"
                 )
         torch.set_num_threads(saved["environment"]["threads"])
-        for key, now in environment(accelerator.mixed_precision).items():
-            if now != (before := saved["environment"][key]):
-                notes.append(f"{key} was {before}, is {now}: the last bits may differ")
-        with error_context(f"{self._checkpoint} (start anew with --no-resume)"):
+        changes = environment_changes(saved["environment"], self._accelerator.mixed_precision)
+        try:
             net.load_state(saved)
+        except UserError as error:
+            raise UserError(f"{self._checkpoint} {error}; start anew with --no-resume") from error
         meter.load_state(saved["meter"])
         epoch, batch = self.progress.epoch + 1, self.progress.batch
-        return [*notes, f"{self.folder} goes on in epoch {epoch} after {batch} batches"]
+        return [*changes, f"{self.folder} goes on in epoch {epoch} after {batch} batches"]
 
     def finish(self, interrupts: Interrupts) -> int:
         """Say what was reached and which command comes next; the exit status."""
         progress, args, status = self.progress, self._args, interrupts.stop
         if self._main and not interrupts.stop:
             was_finished = is_finished(self.folder)
-            atomic_write(
-                self.folder / "metrics.json", summary.metrics_json(progress, finished=True)
-            )
+            metrics = summary.metrics_json(progress, finished=True)
+            atomic_write(self.folder / "metrics.json", metrics)
             if not was_finished:
                 self.board.add_hparams(stored(args), progress.best, progress.step)
             print(summary.conclude(progress, self.folder, args.metric, args.overfit))
         elif self._main:
+            batches = f"{progress.batch} of {len(self._inputs.train_loader)} batches"
             print(
-                f"stopped in epoch {progress.epoch + 1} after {progress.batch} of "
-                f"{len(self._inputs.train_loader)} batches, and saved: the same command goes on, "
-                f"or --resume {self.folder}"
+                f"stopped in epoch {progress.epoch + 1} after {batches}, and saved: the same "
+                f"command goes on, or --resume {self.folder}"
             )
         self.board.close()
         self._accelerator.wait_for_everyone()  # without it gloo now and then aborts on shutdown

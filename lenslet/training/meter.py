@@ -75,13 +75,11 @@ def largest_gradient(network: nn.Module, step: int, before: tuple | None) -> tup
     return list(gradients)[norms.argmax()], largest, step
 
 
-def diverged(loss: float, epoch: int, step: int, lr: float, gradient: tuple, remedy: str) -> str:
+def diverged(loss: float, where: str, gradient: tuple) -> str:
     """What to say of a loss that is infinite or not a number; gradient: see largest_gradient()."""
-    layer, norm, at_step = gradient
-    return (
-        f"the loss is {loss} in epoch {epoch} at step {step}, lr {lr:.2g}; the largest gradient "
-        f"was that of {layer}, {norm:.2g} at step {at_step}: {remedy}"
-    )
+    layer, norm, step = gradient
+    largest = f"the largest gradient was that of {layer}, {norm:.2g} at step {step}"
+    return f"the loss is {loss} in {where}; {largest}"
 
 
 @contextlib.contextmanager
