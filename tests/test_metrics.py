@@ -1,4 +1,4 @@
-"""The figures agree with scikit-learn, and an evaluation counts every picture once."""
+"""The figures agree with scikit-learn, and an evaluation counts every image once."""
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def test_figures(classes, met, claimed):
 
 
 class Stub(nn.Module):
-    """Logits [N, classes] that are a fixed function of the picture's first pixels."""
+    """Logits [N, classes] that are a fixed function of the image's first pixels."""
 
     def __init__(self, classes):
         super().__init__()
@@ -75,13 +75,13 @@ class Stub(nn.Module):
 @pytest.mark.parametrize("classes", [3, 8])
 @pytest.mark.parametrize("batch_size", [1, 5, 23, 64])
 def test_evaluate(batch_size, classes):
-    """A row per picture, in order, whatever the batches; the loss is the cross-entropy."""
+    """A row per image, in order, whatever the batches; the loss is the cross-entropy."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (23, 3, 2, 2), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, classes, (23,), generator=generator)
     part = Split(images, labels, [str(i) for i in range(23)])
     names = [str(i) for i in range(classes)]
-    data = Data("pictures", names, 3, (2, 2), 1.0, {"test": part}, "")
+    data = Data("images", names, 3, (2, 2), 1.0, {"test": part}, "")
     prepare, model = Prepare([0.5] * 3, [0.25] * 3, (2, 2)), Stub(classes)
     rows = evaluate(model, data.loader("test", batch_size), prepare, Accelerator(cpu=True))
 
@@ -95,7 +95,7 @@ def test_evaluate_leaves_no_gradients():
     """Measuring a network records nothing for a backward pass."""
     images = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
     part = Split(images, torch.tensor([0, 1]), ["0", "1"])
-    data = Data("pictures", ["a", "b"], 3, (2, 2), 1.0, {"test": part}, "")
+    data = Data("images", ["a", "b"], 3, (2, 2), 1.0, {"test": part}, "")
     model = Stub(2).train()
     prepare = Prepare([0.5] * 3, [0.25] * 3, (2, 2))
     rows = evaluate(model, data.loader("test", 2), prepare, Accelerator(cpu=True))

@@ -1,58 +1,16 @@
-"""Augmentation draws depend on nothing but their key, and preparation is plain arithmetic."""
+"""What augmentation draws depends on nothing but its key."""
 
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from lenslet.data.augment import AUGMENTATIONS, Augment, augment, tta_views
-from lenslet.data.prepare import Prepare, channel_statistics
-from lenslet.distributed.determinism import uniform
 
 
 def pictures(count, channels=3, height=28, width=28):
     generator = torch.Generator().manual_seed(0)
     shape = (count, channels, height, width)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-
-
-def correlation(a, b):
-    return np.corrcoef(a.flatten(), b.flatten())[0, 1].item()
-
-
-def test_uniform():
-    """Draws fill [0, 1) evenly, and neighbours of any kind have nothing to do with each other."""
-    index = torch.arange(20_000)
-    draws = uniform(0, 0, index, 3)
-    assert draws.dtype == torch.float32
-    assert draws.shape == (20_000, 3)
-    assert draws.min() >= 0
-    assert draws.max() < 1
-    counts = torch.histc(draws, 20, 0, 1)  # 3000 expected in each, with a deviation of 53
-    assert (counts - 3000).abs().max() < 5 * 53
-    # Chance alone gives a correlation of 20,000 pairs a deviation of 0.007.
-    assert abs(correlation(draws[1:, 0], draws[:-1, 0])) < 0.035
-    assert abs(correlation(draws[:, 0], draws[:, 1])) < 0.035
-    for other in (uniform(0, 1, index, 3), uniform(1, 0, index, 3)):
-        assert abs(correlation(draws, other)) < 0.02
-
-
-def test_uniform_is_keyed():
-    """A picture's draws depend on seed, epoch and its index, and on no batch or global seed."""
-    torch.manual_seed(1)
-    together = uniform(3, 7, torch.tensor([5, 900, 2]), 4)
-    torch.manual_seed(2)
-    for row, index in enumerate([5, 900, 2]):
-        assert torch.equal(uniform(3, 7, torch.tensor([index]), 4)[0], together[row])
-    for seed, epoch in ((4, 7), (3, 8)):
-        assert not torch.equal(uniform(seed, epoch, torch.tensor([5, 900, 2]), 4), together)
-
-
-@pytest.mark.parametrize("seed", [0, 2**32, 20_251_231_235_959, 2**63 - 1])
-def test_uniform_takes_any_seed(seed):
-    """A seed may be as large as torch's own, a date and time for example."""
-    draws = uniform(seed, 0, torch.arange(1000), 2)
-    assert 0.45 < draws.mean() < 0.55
 
 
 def test_augment_none():
@@ -222,50 +180,3 @@ def test_mixing_is_told_by_the_targets():
             assert (targets > 0).sum(1).max() <= 2
         if kind == "cutmix":
             assert set(mixed.unique().tolist()) <= set(values.tolist())
-
-
-def test_prepare():
-    """Prepared pixels are (x / 255 - mean) / std of each channel, float32, channels last."""
-    images, mean, std = pictures(5), [0.1, 0.5, 0.9], [0.2, 0.3, 0.4]
-    prepared = Prepare(mean, std, (28, 28))(images)
-    shape = (1, 3, 1, 1)
-    expected = (images.numpy() / 255 - np.reshape(mean, shape)) / np.reshape(std, shape)
-    assert prepared.dtype == torch.float32
-    assert prepared.is_contiguous(memory_format=torch.channels_last)
-    assert np.allclose(prepared, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("size", [(32, 32), (14, 20)])
-def test_prepare_resizes(size):
-    """Pictures of another size are resized with anti-aliasing, and only those."""
-    images = pictures(2)
-    prepared = Prepare([0.5] * 3, [0.5] * 3, size)(images)
-    expected = F.interpolate(images.double() / 127.5 - 1, size, mode="bilinear", antialias=True)
-    assert prepared.shape == (2, 3, *size)
-    assert torch.allclose(prepared.double(), expected, atol=1e-5)
-
-
-def test_undo():
-    """What was prepared can be looked at again: undo gives the same pixels."""
-    images = pictures(5)
-    prepare = Prepare([0.49, 0.48, 0.45], [0.2, 0.21, 0.22], (28, 28))
-    assert torch.equal(prepare.undo(prepare(images)), images)
-
-
-@pytest.mark.parametrize("count", [3, 4100])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_channel_statistics(count, channels):
-    """Mean and deviation are those of all pixels in double precision."""
-    images = pictures(count, channels, 6, 7)
-    images[:, 0] //= 3
-    mean, std = channel_statistics(images.split(7)).values()
-    pixels = images.numpy().astype(np.float64) / 255
-    assert mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), rel=1e-9)
-    assert std == pytest.approx(pixels.std((0, 2, 3)).tolist(), rel=1e-9)
-
-
-def test_channel_without_contrast():
-    """A channel of one value has a deviation of one grey level: nothing is divided by zero."""
-    mean, std = channel_statistics([torch.full((3, 1, 4, 4), 51, dtype=torch.uint8)]).values()
-    assert mean == pytest.approx([0.2])
-    assert std == pytest.approx([1 / 255])

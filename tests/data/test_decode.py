@@ -1,19 +1,19 @@
-"""Pictures of every kind come out with the right pixels, or are named as unreadable."""
+"""Images of every kind come out with the right pixels, or are named as unreadable."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import CenterCrop, Resize
 
+from lenslet import files
 from lenslet.data import decode
 from lenslet.data.decode import UnreadableImage, inspect_image, read_image
-from lenslet.data.layout import find_images
 from lenslet.errors import OutsideError
-from lenslet.grid import draw_grid, encode_png
 
 GREY = np.array([[0, 51, 102], [153, 204, 255]], np.uint8)
 RGB = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
@@ -298,47 +298,10 @@ def test_inspect(tmp_path):
     assert inspect_image(tmp_path / "colour.png", 5) == (6, False, None)
 
 
-def test_find_images(tmp_path):
-    """Pictures of all depths and spellings, sorted; other endings; hidden files in neither."""
-    for name in ("b.PNG", "a.jpeg", "sub/deep/c.tiff", ".hidden.png", "notes.txt", "README"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    found, others = find_images(tmp_path)
-    assert [p.relative_to(tmp_path).as_posix() for p in found] == [
-        "a.jpeg",
-        "b.PNG",
-        "sub/deep/c.tiff",
-    ]
-    assert sorted(others) == [".txt", "README"]
-
-
 def test_longer_side(tmp_path):
     """The head of a file tells the longer side; a broken one tells nothing."""
     assert decode.longer_side(save(tmp_path / "a.png", RGB)) == 6
     assert decode.longer_side(tmp_path / "missing.png") == 0
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_draw_grid(channels):
-    """A grid is eight tiles across, and only the captions of wrong answers are red."""
-    batch = torch.full((9, channels, 8, 8), 128, dtype=torch.uint8)
-    right = draw_grid(batch, ["cat"] * 9, [False] * 9)
-    wrong = draw_grid(batch, ["cat"] * 9, [False] * 8 + [True])
-    assert right.dtype == torch.uint8
-    assert right.shape == wrong.shape == (3, 2 * 142 + 8, 8 * 120 + 8)
-    red = (wrong[0].int() - wrong[1].int() > 60).nonzero()
-    assert len(red) > 10
-    assert (red[:, 0] > 8 + 142 + 112 - 1).all()
-    assert (red[:, 1] < 120).all()
-    assert not (right[0].int() - right[1].int() > 60).any()
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_encode_png(channels):
-    """A picture written as PNG is read back the same."""
-    image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
-    decoded = np.asarray(Image.open(io.BytesIO(encode_png(image)))).reshape(5, 7, channels)
-    assert np.array_equal(decoded, image.permute(1, 2, 0))
 
 
 def test_a_narrow_photograph(tmp_path):
@@ -357,5 +320,23 @@ def test_newer_formats(tmp_path, suffix):
     Image.new("RGB", (40, 40), "red").save(path)
     assert (decode.read_image(path, 3)[20, 20] - np.array([255, 0, 0])).max() < 8
     path.write_text("no picture at all")
-    with pytest.raises(decode.UnreadableImage, match="not a known kind of picture"):
+    with pytest.raises(decode.UnreadableImage, match="not a known kind of image"):
         decode.read_image(path, 3)
+
+
+def test_pillow_is_silent(tmp_path):
+    """Pillow's warnings are not shown, and nothing is registered before an image is opened."""
+    path = save(tmp_path / "a.png", RGB)
+    program = f"""
+import warnings
+import PIL.Image
+PIL.Image.MAX_IMAGE_PIXELS = 20  # 24 are then worth a warning
+from lenslet.data.decode import inspect_image, longer_side, read_image
+assert not any("PIL" in str(entry) for entry in warnings.filters)
+assert read_image({str(path)!r}, 3).shape == (4, 6, 3)
+assert longer_side({str(path)!r}) == 6 and inspect_image({str(path)!r}, 64).side == 6
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "always", "-c", program], cwd=files.ROOT, capture_output=True
+    )
+    assert (result.returncode, result.stderr) == (0, b"")

@@ -1,0 +1,63 @@
+"""What is kept for validation is always the same, of all classes alike, and nothing is lost."""
+
+import pytest
+import torch
+
+from lenslet.data.split import folds, split_by_hash, stratified, subset, validation_mask
+from lenslet.errors import UserError
+
+
+def test_stratified():
+    """The share of every class is marked, to the nearest image, whatever the global seed."""
+    labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 4)[torch.randperm(74)]
+    marked = stratified(labels, 0.1)
+    assert [int(marked[labels == k].sum()) for k in range(3)] == [5, 2, 0]
+    torch.manual_seed(9)
+    assert torch.equal(stratified(labels, 0.1), marked)
+    assert not stratified(labels, 0).any()
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10])
+def test_folds(count):
+    """Each image is in one fold; sizes differ by 1 at most, and so does each class in them."""
+    labels = torch.randperm(397, generator=torch.Generator().manual_seed(1)) % 7
+    labels[labels > 4] = 0
+    parts = folds(labels, count)
+    assert parts.min() == 0 and parts.max() == count - 1
+    for these in [parts, *(parts[labels == label] for label in labels.unique())]:
+        sizes = these.bincount(minlength=count)
+        assert sizes.max() - sizes.min() <= 1
+    assert torch.equal(parts, folds(labels, count))
+
+
+def test_validation_mask():
+    """A share of every class, or one of several folds, which all classes must have images for."""
+    labels = torch.tensor([0] * 30 + [1] * 9)
+    assert torch.equal(validation_mask(labels, 0.1, None), stratified(labels, 0.1))
+    for k in range(3):
+        assert torch.equal(validation_mask(labels, 0.1, f"{k + 1}/3"), folds(labels, 3) == k)
+    with pytest.raises(UserError, match=r"^a class has 9 images, too few for 10 folds$"):
+        validation_mask(labels, 0.1, "1/10")
+
+
+@pytest.mark.parametrize("limit", [3, 10, 41, 100])
+def test_subset(limit):
+    """So many images, in order, each class by its share and at least one of it."""
+    labels = torch.tensor([0] * 60 + [1] * 38 + [2] * 2)[torch.randperm(100)]
+    kept = subset(labels, limit)
+    assert len(kept) == limit and torch.equal(kept, kept.unique())
+    counts = labels[kept].bincount(minlength=3)
+    assert counts.min() >= 1
+    assert (counts - limit * torch.tensor([0.60, 0.38, 0.02])).abs().max() <= 2
+    assert torch.equal(subset(labels, None), torch.arange(100))
+    with pytest.raises(UserError, match="2 images are too few for 3 classes"):
+        subset(labels, 2)
+
+
+def test_split_by_hash():
+    """A file's split follows from its name alone, and never changes between versions."""
+    splits = [split_by_hash(f"ants/{i}.png") for i in range(5000)]
+    for split, share in (("train", 0.8), ("val", 0.1), ("test", 0.1)):
+        assert abs(splits.count(split) / 5000 - share) < 0.02
+    assert [i for i in range(40) if splits[i] == "test"] == [1, 7, 13, 22]
+    assert [i for i in range(40) if splits[i] == "val"] == [14, 27, 28, 33, 35]

@@ -1,0 +1,53 @@
+"""Every file is decoded once before training, and photographs only when they have changed."""
+
+import numpy as np
+from PIL import Image
+
+from lenslet.data import verify
+from lenslet.data.decode import inspect_image
+from lenslet.data.verify import inspect_images
+
+
+def test_inspected_once(tmp_path, make_folder, monkeypatch):
+    """A photograph is inspected once, and again only after its file has changed."""
+    root = make_folder(tmp_path / "p", {"train": 3}, size=(70, 66))
+    files, seen, store = sorted(root.rglob("*.png")), [], tmp_path / "data" / "inspected.json"
+    monkeypatch.setattr(verify, "inspect_image", lambda *a: seen.append(a[0]) or inspect_image(*a))
+    first = inspect_images(files, 64, store, 0)
+    assert len(seen) == 6
+    assert inspect_images(files, 64, store, 0) == first
+    assert len(seen) == 6
+    Image.new("L", (70, 70)).save(files[4])
+    changed = inspect_images(files, 64, store, 0).images
+    assert seen[6:] == [files[4]]
+    assert changed[files[4]] == (70, True, None)
+    store.write_text("no JSON")
+    assert inspect_images(files, 64, store, 0).images == changed
+
+
+def test_small_images_share_an_array(tmp_path, make_folder):
+    """Small images of one shape lie in one array, a grey one among colours too; others do not."""
+    root = make_folder(tmp_path / "p", {"train": 3})
+    files = sorted(root.rglob("*.png"))
+    Image.new("L", (10, 12), 77).save(files[2])
+    found = inspect_images(files, 64, tmp_path / "inspected.json", 0)
+    assert found.array.shape == (6, 3, 12, 10) and found.array.dtype == np.uint8
+    for file, planes in zip(files, found.array, strict=True):
+        expected = np.broadcast_to(inspect_image(file, 64).pixels, (12, 10, 3))
+        assert np.array_equal(planes.transpose(1, 2, 0), expected)
+        assert np.shares_memory(found.images[file].pixels, found.array)
+    Image.new("RGB", (11, 12)).save(files[2])
+    assert inspect_images(files, 64, tmp_path / "inspected.json", 0).array is None
+    assert not (tmp_path / "inspected.json").exists()  # small images are read every time
+
+
+def test_broken_files_are_listed(tmp_path, make_folder):
+    """Every broken file is named with its reason, in order; the others are found all the same."""
+    root = make_folder(tmp_path / "p", {"train": 3})
+    files = sorted(root.rglob("*.png"))
+    for i, content in ((1, b""), (4, b"text")):
+        files[i].write_bytes(content)
+    found = inspect_images(files, 64, tmp_path / "inspected.json", 0)
+    assert [file for file in files if file not in found.images] == [files[1], files[4]]
+    for i, line in zip((1, 4), found.broken, strict=True):
+        assert line.startswith(f"{files[i]}: cannot be read as an image")
