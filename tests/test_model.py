@@ -1,6 +1,6 @@
-"""The networks: their numbers, the sizes and channels they take, and the names they go by."""
+"""The networks: what they are made of and take, their names, and loading their weights."""
 
-import math
+import contextlib
 import subprocess
 import sys
 
@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import model
-from lenslet import files
-from lenslet.errors import UserError
+from lenslet import files, weights
+from lenslet.errors import UserError, run_main
+from model import create_model, load_model
 
 NAMES = [
     "mobilenetv3_small_100",
@@ -34,14 +35,10 @@ def count(network) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def shapes(network) -> dict:
-    return {name: tensor.shape for name, tensor in network.state_dict().items()}
-
-
 def test_tutorial_cnn():
     """tutorial_cnn has the parameters of its five layers, counted by hand."""
     layers = [3 * 32 * 25 + 32, 32 * 32 * 25 + 32, 32 * 64 * 25 + 64, 1024 * 64 + 64, 64 * 10 + 10]
-    network = model.create_model("tutorial_cnn", 10)
+    network = create_model("tutorial_cnn", 10)
     assert count(network) == sum(layers) == 145_578
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
     assert not [m for m in network if isinstance(m, torch.nn.ReLU)]
@@ -50,7 +47,7 @@ def test_tutorial_cnn():
 def test_lenet():
     """lenet has the parameters of its five layers, counted by hand."""
     layers = [3 * 6 * 25 + 6, 6 * 16 * 25 + 16, 400 * 120 + 120, 120 * 84 + 84, 84 * 10 + 10]
-    network = model.create_model("lenet", 10)
+    network = create_model("lenet", 10)
     assert count(network) == sum(layers) == 62_006
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
@@ -59,7 +56,7 @@ def test_lenet():
 def test_own_networks_take_channels_classes_and_enlarged_pictures(name):
     """Any number of channels and classes; fed at 32×32 or, to fastnet, 16×16 at least."""
     sizes = {"fastnet": (16, 16), "tutorial_cnn": (32, 32), "lenet": (32, 32)}
-    network = model.create_model(name, 7, channels=1, size=(8, 8))
+    network = create_model(name, 7, channels=1, size=(8, 8))
     assert (network.input_size, network.stem_note) == (sizes[name], "")
     assert network(torch.rand(2, 1, *network.input_size)).shape == (2, 7)
 
@@ -69,7 +66,7 @@ def test_own_networks_take_channels_classes_and_enlarged_pictures(name):
 def test_one_training_step(name, shape):
     """Every network trains on every kind of picture, and nothing that is to learn is left out."""
     torch.manual_seed(0)
-    network = model.create_model(name, 10, channels=shape[0], size=shape[1:])
+    network = create_model(name, 10, channels=shape[0], size=shape[1:])
     assert network.training
     assert all(have >= asked for have, asked in zip(network.input_size, shape[1:], strict=True))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
@@ -80,81 +77,6 @@ def test_one_training_step(name, shape):
     assert [n for n, p in network.named_parameters() if p.requires_grad and p.grad is None] == []
     optimizer.step()
     assert all(p.isfinite().all() for p in network.parameters())
-
-
-@pytest.mark.parametrize("name", ["mobilenetv3_small_100", "legacy_xception", "resnetblur50"])
-def test_weights_fit_the_original(name):
-    """A changed stem changes no parameter: the weights load strictly into timm's own network."""
-    ours = model.create_model(name, 10)
-    original = timm.create_model(name, num_classes=10)
-    assert ours.stem_note
-    assert shapes(ours) == shapes(original)
-    original.load_state_dict(ours.state_dict(), strict=True)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnetblur50", "torchvision/shufflenet_v2_x1_0"])
-@pytest.mark.parametrize(("side", "cut"), [(32, 4), (48, 2), (72, 1)])
-def test_stem_by_size(name, side, cut):
-    """Of the 32-fold reduction a factor 4 goes up to 40 px, 2 up to 64 px, and none above."""
-    network = model.create_model(name, 10, size=(side, side)).eval()
-    sides = []
-    for layer in network.modules():
-        if isinstance(layer, torch.nn.Conv2d):
-            layer.register_forward_hook(lambda _, __, maps: sides.append(maps.shape[-1]))
-    network(torch.rand(1, 3, side, side))
-    assert sides[-1] == math.ceil(side * cut / 32)
-    assert bool(network.stem_note) == (cut > 1)
-
-
-def test_resnet18_small():
-    """At 32 px ResNet-18 ends in 4×4 maps, both entrance layers are changed, and it says so."""
-    network = model.create_model("resnet18", 10).eval()
-    assert network.forward_features(torch.rand(1, 3, 32, 32)).shape == (1, 512, 4, 4)
-    assert network.stem_note == (
-        "Strides changed for pictures of 32×32: conv1 2 to 1, maxpool 2 to 1."
-    )
-
-
-def test_resnet18_native():
-    """At 224 px ResNet-18 is timm's own: the same outputs from the same weights."""
-    ours = model.create_model("resnet18", 10, size=(224, 224)).eval()
-    original = timm.create_model("resnet18", num_classes=10).eval()
-    original.load_state_dict(ours.state_dict())
-    images = torch.rand(1, 3, 224, 224)
-    assert (ours.input_size, ours.stem_note) == ((224, 224), "")
-    assert torch.equal(ours(images), original(images))
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "fed"),
-    [
-        ("convnext_atto", (8, 8), (16, 16)),
-        ("convnext_atto", (28, 28), (28, 28)),
-        ("convnext_atto", (8, 40), (16, 40)),
-        ("resnet18", (20, 60), (20, 60)),
-        ("vit_tiny_patch16_224", (32, 32), (224, 224)),
-        ("vit_tiny_patch16_224", (100, 300), (224, 224)),
-        ("test_vit3", (32, 32), (160, 160)),
-        ("pit_ti_224", (8, 8), (224, 224)),
-        ("volo_d1_224", (8, 8), (224, 224)),
-        ("tresnet_m", (32, 32), (224, 224)),
-    ],
-)
-def test_input_size(name, size, fed):
-    """A picture is fed as it is, or enlarged to the smallest size that keeps the network whole."""
-    network = model.create_model(name, 10, size=size).eval()
-    assert network.input_size == fed
-    with torch.no_grad():
-        assert network(torch.rand(1, 3, *fed)).shape == (1, 10)
-
-
-def test_same_arguments_same_structure():
-    """What a weights file relies on: made twice, a network is the same; and it is untouched."""
-    first, second = (model.create_model("legacy_xception", 10, channels=1) for _ in range(2))
-    assert str(first) == str(second)
-    assert first.stem_note == second.stem_note
-    assert all(t.device.type == "cpu" for t in first.state_dict().values())
-    assert first.bn1.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize(
@@ -170,7 +92,7 @@ def test_same_arguments_same_structure():
 )
 def test_unknown_name(wrong, right):
     """A misspelt name is answered with the nearest known one and where to find the others."""
-    for call in (lambda: model.create_model(wrong, 10), lambda: model.network_defaults(wrong)):
+    for call in (lambda: create_model(wrong, 10), lambda: model.network_defaults(wrong)):
         with pytest.raises(UserError, match=r"python model\.py") as caught:
             call()
         assert f"(did you mean {right}" in str(caught.value)
@@ -180,13 +102,13 @@ def test_unknown_name(wrong, right):
 def test_hub_names_are_refused(name):
     """No name makes timm fetch a network, nor read one from a folder."""
     with pytest.raises(UserError, match="hub"):
-        model.create_model(name, 10)
+        create_model(name, 10)
 
 
 def test_torchvision_makes_no_noise(recwarn):
     """GoogLeNet and Inception come without auxiliary outputs and without warnings."""
     for name in ("torchvision/googlenet", "torchvision/inception_v3"):
-        assert model.create_model(name, 10, channels=1).stem_note
+        assert create_model(name, 10, channels=1).stem_note
     assert not recwarn.list
 
 
@@ -201,24 +123,53 @@ def test_network_defaults():
     assert model.network_defaults("vit_tiny_patch16_224") == {**half, "image_size": 224}
 
 
-def test_own_networks_import_neither_timm_nor_torchvision():
-    """Our own networks are there within torch's own start-up time."""
+def test_own_networks_need_torch_only():
+    """`import model` and our own networks take hardly longer than torch's own start-up."""
     program = (
         "import sys, model\n"
         "for name in model.NETWORKS: model.create_model(name, 10), model.network_defaults(name)\n"
-        "assert not {'timm', 'torchvision'} & set(sys.modules)"
+        "slow = {'timm', 'torchvision', 'accelerate', 'PIL'}\n"
+        "assert not slow & set(sys.modules), slow & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], cwd=files.ROOT, check=True)
 
 
 def test_command_prints_own_networks():
-    """`python model.py` shows each own network with its parameters and output shape."""
+    """`python model.py` shows each own network with its parameters, input and output shape."""
     command = [sys.executable, files.ROOT / "model.py"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    for name, parameters in (("tutorial_cnn", "145,578"), ("lenet", "62,006")):
-        line = next(line for line in shown.splitlines() if line.startswith(name))
-        assert parameters in line
-        assert "[1, 10]" in line
+    assert shown.splitlines() == [
+        "fastnet          1,089,720 parameters   [1, 3, 32, 32] -> [1, 10]",
+        "tutorial_cnn       145,578 parameters   [1, 3, 32, 32] -> [1, 10]",
+        "lenet               62,006 parameters   [1, 3, 32, 32] -> [1, 10]",
+    ]
+
+
+def test_command_searches_all_networks(capsys):
+    """Shell patterns find timm's, torchvision's and our own; the names are those --model takes."""
+    assert run_main(model.main, ["resnet18*", "len?t", "torchvision/regnet_x_8gf"]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["lenet", "146,156", "parameters", "32×32"] in shown
+    assert ["resnet18", "11,689,512", "parameters", "224×224"] in shown
+    assert ["torchvision/resnet18", "11,689,512", "parameters", "224×224"] in shown
+    # Made only with real tensors: counting them would take a second for each.
+    assert ["torchvision/regnet_x_8gf", "-", "parameters", "224×224"] in shown
+    names = [name for name, *_ in shown]
+    assert names == sorted(set(names)) and len(names) == 5
+
+
+@pytest.mark.parametrize("name", ["fastnet", "resnet10t", "torchvision/googlenet"])
+def test_counting_without_memory(name):
+    """Parameters counted on the meta device are those of the real network."""
+    assert model.count_parameters(name, 7) == f"{count(create_model(name, 7)):,}"
+
+
+def test_command_finds_nothing(capsys):
+    """A pattern that matches nothing is one line with the nearest name, and nothing is listed."""
+    assert run_main(model.main, ["resnet18", "resnte18*"]) == 2
+    out, err = capsys.readouterr()
+    line = "error: no network's name matches resnte18* (did you mean resnet18?)\n"
+    assert (out, err) == ("", line)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -227,7 +178,7 @@ def test_whitening(channels):
     torch.manual_seed(0)
     smooth = F.avg_pool2d(torch.randn(200, channels, 34, 34), 3, stride=1)  # neighbours are alike
     images = smooth + (smooth.mean(1, keepdim=True) if channels > 1 else 0)  # and channels
-    network = model.create_model("fastnet", 10, channels)
+    network = create_model("fastnet", 10, channels)
     network.whiten(images)
     maps = network.whitening(images).transpose(0, 1).flatten(1)
     half = len(maps) // 2
@@ -240,7 +191,7 @@ def test_whitening(channels):
 @pytest.mark.parametrize("side", [16, 28, 32, 64])
 def test_fastnet_takes_any_size_and_width(side):
     """One set of weights serves every size of picture; the width is the first block's channels."""
-    network = model.create_model("fastnet", 10, size=(side, side), width=16).eval()
+    network = create_model("fastnet", 10, size=(side, side), width=16).eval()
     assert network.input_size == (side, side)
     assert network.blocks[0].conv1.out_channels == 16
     assert network(torch.rand(2, 3, side, side)).shape == (2, 10)
@@ -261,7 +212,7 @@ def test_fastnet_takes_any_size_and_width(side):
 )
 def test_head(name, head):
     """The last layers are found by name, and their outputs are the classes'."""
-    network = model.create_model(name, 7, 3, (224, 224) if "deit" in name else (32, 32))
+    network = create_model(name, 7, 3, (224, 224) if "deit" in name else (32, 32))
     assert model.head_of(network) == head
     assert all(next(network.get_submodule(h).parameters()).shape[0] == 7 for h in head)
 
@@ -271,7 +222,7 @@ def test_dropout():
     of a parameter changes.
     """
     torch.manual_seed(0)
-    network, images = model.create_model("lenet", 3), torch.randn(4, 3, 32, 32)
+    network, images = create_model("lenet", 3), torch.randn(4, 3, 32, 32)
     names, before = list(network.state_dict()), network.eval()(images)
     model.add_dropout(network, 0.5)
     fed = []
@@ -283,3 +234,124 @@ def test_dropout():
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], 2 * plain[kept])
     assert 0.3 < (kept & (plain > 0)).sum() / (plain > 0).sum() < 0.7
+
+
+HEADER = {
+    "model": "lenet",
+    "model_args": {"classes": 3, "channels": 3},
+    "mean": [0.1, 0.2, 1 / 3],
+    "std": [0.5, 0.5, 0.5],
+}
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A weights file of a network for three classes, in a run folder."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(weights.encode(create_model("lenet", 3).state_dict(), HEADER))
+    return path
+
+
+def refuse(path, *parts):
+    """The file is refused in one line that begins with its name."""
+    with pytest.raises(UserError) as caught:
+        load_model(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert all(part in str(caught.value) for part in parts)
+    assert "\n" not in str(caught.value)
+
+
+def test_use_from_python(trained, monkeypatch):
+    """README's three lines: a run folder, or the link to it, is enough to classify images."""
+    monkeypatch.chdir(trained.parent)
+    (trained.parent / "runs").mkdir()
+    (trained.parent / "runs/latest").symlink_to(trained.parent)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    model, prepare, header = load_model("runs/latest")
+    logits = model(prepare(images))
+    assert logits.shape == (2, 3) and header["model"] == "lenet" and not model.training
+    for path in (trained, str(trained), trained.parent):
+        model, prepare, _ = load_model(path)
+        assert torch.equal(model(prepare(images)), logits)
+
+
+def test_loaded_network(trained):
+    """The loaded network answers as the saved one, with the preparation that the header says."""
+    model, prepare, header = load_model(trained)
+    original = create_model("lenet", 3)
+    original.load_state_dict(weights.read(trained)[0])
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert not model.training
+    assert torch.allclose(prepare.mean.flatten() / 255, torch.tensor(header["mean"]))
+    assert torch.allclose(model(prepare(images)), original(prepare(images)), atol=1e-5)
+
+
+def test_weights_of_an_earlier_version():
+    """A file that was written before the code became a package still loads and predicts the same.
+
+    fastnet with one channel; the logits are what that code gave for the same images.
+    """
+    model, prepare, header = load_model(files.ROOT / "tests" / "weights-1.safetensors")
+    images = (torch.arange(2 * 64) ** 2 * 5 % 251).to(torch.uint8).view(2, 1, 8, 8)
+    expected = [
+        [-0.9281, 0.6061, -0.57, -0.3128, -0.2248, 0.5071, -0.0595, 0.0443, 0.125, 0.7822],
+        [-0.5934, 0.4313, -0.4459, -0.2125, -0.0927, 0.2864, -0.0945, 0.0112, 0.0791, 0.4913],
+    ]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(prepare(images)), torch.tensor(expected), atol=1e-4, rtol=1e-4
+        )
+    assert header["classes"] == list("0123456789") and header["data"] == "digits"
+    assert header["model_args"] == {"classes": 10, "channels": 1, "size": [8, 8], "width": 1}
+    assert header["options"]["optimizer"] == "adamw"
+
+
+def test_files_that_are_no_model(tmp_path, trained):
+    """What is missing, damaged, or a folder without weights is refused by its name."""
+    refuse(tmp_path / "none.safetensors", "no such")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=f"^{tmp_path}/empty/model.safetensors: no such"):
+        load_model(tmp_path / "empty")
+    trained.write_bytes(trained.read_bytes()[:-1])
+    refuse(trained)
+
+
+def test_incomplete_header(trained):
+    """A header without what is needed to use the weights, or of an unknown network, is refused."""
+    state = create_model("lenet", 3).state_dict()
+    for missing in HEADER:
+        header = {key: value for key, value in HEADER.items() if key != missing}
+        trained.write_bytes(weights.encode(state, header))
+        refuse(trained, "do not fit their header", missing)
+    trained.write_bytes(weights.encode(state, HEADER | {"model": "lennet"}))
+    refuse(trained, "unknown model lennet")
+
+
+def test_other_number_of_classes(tmp_path):
+    """Weights for ten classes under a header of three are refused."""
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(weights.encode(create_model("lenet", 10).state_dict(), HEADER))
+    refuse(path, "do not fit their header")
+
+
+def test_altered_header(trained):
+    """A changed bit in the header gives a refusal, if it is found out, and never a traceback."""
+    content = trained.read_bytes()
+    for place in range(8, 8 + int.from_bytes(content[:8], "little"), 3):
+        altered = bytearray(content)
+        altered[place] ^= 1
+        trained.write_bytes(altered)
+        with contextlib.suppress(UserError):
+            load_model(trained)
+
+
+def test_timm_loads_our_file(tmp_path):
+    """A timm network with its own stem loads unchanged into timm, every tensor of it."""
+    network = create_model("resnet18", 3, 3, (224, 224))
+    assert network.stem_note == ""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(weights.encode(network.state_dict(), {**HEADER, "model": "resnet18"}))
+    theirs = timm.create_model("resnet18", num_classes=3, checkpoint_path=str(path)).state_dict()
+    ours = network.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)

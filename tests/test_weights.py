@@ -1,0 +1,162 @@
+"""Weights come back exactly as they were saved, or are refused; no code from a file is run."""
+
+import contextlib
+import json
+import os
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from lenslet import weights
+from lenslet.errors import UserError
+from lenslet.weights import digest, encode, read, read_header
+from model import create_model
+
+HEADER = {
+    "model": "lenet",
+    "model_args": {"classes": 3, "channels": 3},
+    "stem": "",
+    "classes": ["Öl", "日本", "T-shirt/top"],
+    "channels": 3,
+    "image_size": [32, 32],
+    "crop": 1.0,
+    "input_size": [32, 32],
+    "mean": [0.1, 0.2, 1 / 3],
+    "std": [0.5, 0.5, 0.5],
+    "data": "photos",
+    "data_sha256": "0" * 64,
+    "epoch": 7,
+    "validation": {"val_accuracy": 0.5},
+    "versions": {"torch": torch.__version__},
+    "options": {"lr": 1e-3, "model": None},
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A weights file of a network for three classes."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(encode(create_model("lenet", 3).state_dict(), HEADER))
+    return path
+
+
+def refuse(path, *parts):
+    """The file is refused in one line."""
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert all(part in str(caught.value) for part in parts)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_round_trip(tmp_path, memory_format):
+    """Tensors and header are what was saved, in whatever order the memory was laid out."""
+    network = create_model("resnet18", 3).to(memory_format=memory_format)
+    state = network.state_dict()
+    (tmp_path / "m.safetensors").write_bytes(encode(state, HEADER))
+    tensors, header = read(tmp_path / "m.safetensors")
+    assert tensors.keys() == state.keys()
+    for name, tensor in state.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+    assert {key: header[key] for key in HEADER} == HEADER
+    assert header["sha256"] == digest(state)
+
+
+def test_tied_weights(tmp_path):
+    """A network two of whose names share one tensor is saved and loaded too."""
+    tied = nn.Linear(3, 3)
+    state = {"one.weight": tied.weight, "two.weight": tied.weight}
+    (tmp_path / "m.safetensors").write_bytes(encode(state, HEADER))
+    tensors = read(tmp_path / "m.safetensors")[0]
+    assert all(torch.equal(tensors[name], tied.weight) for name in state)
+
+
+def test_digest():
+    """The digest ignores the order of keys and of memory, and sees any changed value."""
+    a, b = torch.randn(2, 3, 4, 5), torch.tensor(7)
+    whole = digest({"a": a, "b": b})
+    assert digest({"b": b, "a": a}) == whole
+    assert digest({"a": a.to(memory_format=torch.channels_last), "b": b}) == whole
+    assert digest({"a": a, "b": b + 1}) != whole
+    changed = a.clone()
+    changed[1, 2, 3, 4] = torch.nextafter(changed[1, 2, 3, 4], torch.tensor(9.0))
+    assert digest({"a": changed, "b": b}) != whole
+
+
+def test_no_weights(tmp_path):
+    """A file that is missing, a folder, or not a safetensors file is refused."""
+    refuse(tmp_path / "none.safetensors", "no such")
+    refuse(tmp_path)
+    for content in (b"", b"x", b"hello world" * 50, b"PK\x03\x04" * 50):
+        (tmp_path / "m.safetensors").write_bytes(content)
+        refuse(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("kept", [4, 100, 5000, -1])
+def test_cut_off(path, kept):
+    """A truncated file is refused."""
+    path.write_bytes(path.read_bytes()[:kept])
+    refuse(path)
+
+
+def test_foreign_file(path):
+    """A safetensors file that another program wrote, or another version of this one, is refused."""
+    tensors = read(path)[0]
+    for metadata in (None, {"format": "pt"}, {"format": "lenslet", "version": "0"}):
+        safetensors.torch.save_file(tensors, path, metadata)
+        refuse(path)
+    refuse(path, "version 0")
+
+
+def test_altered_tensors(path):
+    """One changed bit among the weights is found out."""
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    refuse(path, "damaged")
+
+
+def test_altered_header(path):
+    """A changed bit in the header gives a refusal, if it is found out, and never a traceback."""
+    content = path.read_bytes()
+    for place in range(8, 8 + int.from_bytes(content[:8], "little"), 3):
+        altered = bytearray(content)
+        altered[place] ^= 1
+        path.write_bytes(altered)
+        with contextlib.suppress(UserError):
+            read(path)
+
+
+class Planted:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))])
+def test_nothing_is_executed(tmp_path, write):
+    """A pickle under the name of weights is refused and not run."""
+    write(Planted(tmp_path / "planted"), tmp_path / "model.safetensors")
+    refuse(tmp_path / "model.safetensors")
+    assert not (tmp_path / "planted").exists()
+
+
+def test_header_alone(tmp_path, monkeypatch):
+    """The header is read without the tensors, here a GiB that is not on the disk."""
+    monkeypatch.setattr(weights, "load_file", None)
+    path, size = tmp_path / "m.safetensors", 1 << 30
+    metadata = {"format": "lenslet", "version": "1", "classes": '["a"]'}
+    tensor = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+    head = json.dumps({"__metadata__": metadata, "w": tensor}).encode()
+    with open(path, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        file.truncate(8 + len(head) + size)
+    assert read_header(path)["classes"] == ["a"]
