@@ -27,7 +27,7 @@ def test_draw_grid(channels):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_encode_png(channels):
-    """A picture written as PNG is read back the same."""
+    """An image written as PNG is read back the same."""
     image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
     decoded = np.asarray(Image.open(io.BytesIO(encode_png(image)))).reshape(5, 7, channels)
     assert np.array_equal(decoded, image.permute(1, 2, 0))

@@ -7,20 +7,20 @@ import torch
 from lenslet.data.augment import AUGMENTATIONS, Augment, augment, tta_views
 
 
-def pictures(count, channels=3, height=28, width=28):
+def random_images(count, channels=3, height=28, width=28):
     generator = torch.Generator().manual_seed(0)
     shape = (count, channels, height, width)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
 def test_augment_none():
-    """Without augmentation the pictures are as they were."""
-    images = pictures(4)
+    """Without augmentation the images are as they were."""
+    images = random_images(4)
     assert torch.equal(augment(images, "none", False, 0, 0, torch.arange(4)), images)
 
 
 def find_shift(image, original, reach):
-    """(down, across, mirrored) of the window of the reflected picture that `image` is."""
+    """(down, across, mirrored) of the window of the reflected image that `image` is."""
     padded = np.pad(original, [(0, 0), (reach, reach), (reach, reach)], mode="reflect")
     height, width = image.shape[1:]
     for down in range(2 * reach + 1):
@@ -35,8 +35,8 @@ def find_shift(image, original, reach):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("height", "width", "reach"), [(28, 28, 2), (32, 36, 2), (8, 8, 1)])
 def test_shifts_and_flips(channels, height, width, reach):
-    """Every augmented picture is a window of its reflected original, mirrored or not."""
-    images, index = pictures(200, channels, height, width), torch.arange(200)
+    """Every augmented image is a window of its reflected original, mirrored or not."""
+    images, index = random_images(200, channels, height, width), torch.arange(200)
     for kind, flips in (("light", {False}), ("standard", {False, True})):
         changed = augment(images, kind, False, 0, 0, index)
         assert changed.dtype == torch.uint8
@@ -53,7 +53,7 @@ def test_shifts_and_flips(channels, height, width, reach):
 
 def test_decoded_photographs_are_only_flipped():
     """A photograph, cropped at random by its decoder, is mirrored or left as it is."""
-    images = pictures(40)
+    images = random_images(40)
     changed = augment(images, "standard", True, 0, 0, torch.arange(40))
     mirrored = (changed == images.flip(3)).flatten(1).all(1)
     assert (mirrored | (changed == images).flatten(1).all(1)).all()
@@ -62,16 +62,16 @@ def test_decoded_photographs_are_only_flipped():
 
 
 def test_mirroring_alternates():
-    """Two epochs in a row show every picture both ways, and then the same again."""
-    images, index = pictures(40), torch.arange(40)
+    """Two epochs in a row show every image both ways, and then the same again."""
+    images, index = random_images(40), torch.arange(40)
     first, second, third = (augment(images, "standard", True, 0, e, index) for e in range(3))
     assert torch.equal(first, third)
     assert torch.equal(second, first.flip(3))
 
 
 def test_views():
-    """Views weigh 1 together and are what training may have shown: the picture is half of them."""
-    images = pictures(3)
+    """Views weigh 1 together and are what training may have shown: the image is half of them."""
+    images = random_images(3)
     assert [(w, x is images) for w, x in tta_views(images, "none", False)] == [(1, True)]
     assert [w for w, _ in tta_views(images, "light", True)] == [1]
     for kind, decoded, count in (
@@ -94,8 +94,8 @@ def test_views():
 
 
 def test_augment_is_keyed():
-    """A picture is changed alike in any batch, and otherwise in the next epoch."""
-    images, index = pictures(16), torch.arange(100, 116)
+    """An image is changed alike in any batch, and otherwise in the next epoch."""
+    images, index = random_images(16), torch.arange(100, 116)
     whole = augment(images, "standard", False, 5, 2, index)
     some = torch.tensor([11, 3, 7])
     assert torch.equal(augment(images[some], "standard", False, 5, 2, index[some]), whole[some])
@@ -105,8 +105,8 @@ def test_augment_is_keyed():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20), (2, 2)])
 def test_augment_takes_tiny_pictures(size):
-    """A picture of one pixel or one line is augmented too."""
-    images = pictures(8, 1, *size)
+    """An image of one pixel or one line is augmented too."""
+    images = random_images(8, 1, *size)
     assert augment(images, "standard", False, 0, 0, torch.arange(8)).shape == images.shape
 
 
@@ -147,28 +147,28 @@ def test_every_augmentation_is_keyed(changes, decoded, channels):
     assert torch.equal(one, images) == (not random) or decoded
     assert torch.equal(one, other) == (not random) or decoded
     assert torch.equal(one, seeded) == (not random) or decoded
-    if not changes["mixup"] and not changes["cutmix"]:  # a picture's change is its own
+    if not changes["mixup"] and not changes["cutmix"]:  # an image's change is its own
         few, _ = make(images[3:5], targets[3:5], 2, index[3:5])
         assert torch.equal(few, one[3:5])
 
 
 def test_erasing():
-    """The share of the pictures that lose a rectangle, which shows the fill."""
+    """The share of the images that lose a rectangle, which shows the fill."""
     images = torch.full((400, 3, 16, 16), 200, dtype=torch.uint8)
     make = Augment("none", False, 0, erase=0.3, fill=[0.1, 0.2, 0.3])
     erased, _ = make(images, torch.eye(400), 0, torch.arange(400))
     hit = (erased != images).any(1)  # [400, 16, 16]
     share = hit.any(2).any(1).float().mean().item()
     assert 0.2 < share < 0.4
-    for picture, mask in zip(erased, hit, strict=True):
+    for image, mask in zip(erased, hit, strict=True):
         if mask.any():
-            assert (picture[:, mask] == torch.tensor([[26], [51], [76]])).all()
+            assert (image[:, mask] == torch.tensor([[26], [51], [76]])).all()
             rows, columns = mask.any(1), mask.any(0)
             assert torch.equal(mask, rows[:, None] & columns)
 
 
 def test_mixing_is_told_by_the_targets():
-    """Each picture is what its targets say: so much of one picture, and the rest of another."""
+    """Each image is what its targets say: so much of one image, and the rest of another."""
     values = torch.arange(8) * 30
     images = values.to(torch.uint8)[:, None, None, None].expand(8, 1, 20, 20).contiguous()
     for kind in ("mixup", "cutmix"):

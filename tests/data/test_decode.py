@@ -18,7 +18,7 @@ from lenslet.errors import OutsideError
 GREY = np.array([[0, 51, 102], [153, 204, 255]], np.uint8)
 RGB = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
 
-# What a camera that was turned stores of an upright picture, by its EXIF orientation.
+# What a camera that was turned stores of an upright image, by its EXIF orientation.
 STORED = {
     1: lambda a: a,
     2: np.fliplr,
@@ -49,7 +49,7 @@ def save_turned(path, upright, orientation, **settings):
 
 
 def check_grey(path, expected):
-    """The picture is `expected`, uint8 [H, W], read as one channel and as three."""
+    """The image is `expected`, uint8 [H, W], read as one channel and as three."""
     for channels in (1, 3):
         pixels = read_image(path, channels)
         assert pixels.dtype == np.uint8
@@ -58,12 +58,12 @@ def check_grey(path, expected):
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".gif", ".pgm"])
 def test_grey(tmp_path, suffix):
-    """A grey picture keeps its values in one channel and in three."""
+    """A grey image keeps its values in one channel and in three."""
     check_grey(save(tmp_path / f"a{suffix}", GREY), GREY)
 
 
 def test_one_bit(tmp_path):
-    """The two values of a 1-bit picture are black and white."""
+    """The two values of a 1-bit image are black and white."""
     bits = np.array([[True, False], [False, True], [True, True]])
     check_grey(save(tmp_path / "a.png", bits), bits.astype(np.uint8) * 255)
 
@@ -76,10 +76,10 @@ def test_colour_to_grey(tmp_path):
 
 
 def test_palette(tmp_path):
-    """A palette picture has the colours that its indices stand for."""
-    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "L").convert("P")
-    picture.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    picture.save(tmp_path / "a.png")
+    """A palette image has the colours that its indices stand for."""
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "L").convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    image.save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png", 3).tolist() == [
         [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
     ]
@@ -87,9 +87,9 @@ def test_palette(tmp_path):
 
 def test_palette_transparency(tmp_path):
     """A palette's transparent index is white; the others keep their colours."""
-    picture = Image.fromarray(np.array([[0, 1]], np.uint8), "L").convert("P")
-    picture.putpalette([10, 20, 30, 40, 50, 60])
-    picture.save(tmp_path / "a.png", transparency=0)
+    image = Image.fromarray(np.array([[0, 1]], np.uint8), "L").convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.save(tmp_path / "a.png", transparency=0)
     assert read_image(tmp_path / "a.png", 3).tolist() == [[[255, 255, 255], [40, 50, 60]]]
 
 
@@ -105,10 +105,10 @@ def test_transparent_colour(tmp_path):
 def test_alpha_on_white(tmp_path, mode, suffix):
     """Transparency is composited on white: a pixel of opacity a is a * value + (1 - a) * 255."""
     colour = (60,) * (len(mode) - 1)
-    picture = Image.new(mode, (3, 1))
+    image = Image.new(mode, (3, 1))
     for x, alpha in enumerate((0, 128, 255)):
-        picture.putpixel((x, 0), (*colour, alpha))
-    picture.save(
+        image.putpixel((x, 0), (*colour, alpha))
+    image.save(
         tmp_path / f"a{suffix}", **({"lossless": True, "exact": True} if "webp" in suffix else {})
     )
     expected = np.array([255, 60 * 128 / 255 + 255 * 127 / 255, 60])
@@ -163,7 +163,7 @@ def test_first_frame(tmp_path, suffix):
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".tif", ".jpg"])
 def test_orientations(tmp_path, suffix, orientation):
-    """All eight EXIF orientations give one upright picture, whole and cut to a box."""
+    """All eight EXIF orientations give one upright image, whole and cut to a box."""
     upright = smooth(96, 160)
     settings = {".webp": {"lossless": True}, ".jpg": {"quality": 98, "subsampling": 0}}
     path = save_turned(tmp_path / f"a{suffix}", upright, orientation, **settings.get(suffix, {}))
@@ -202,18 +202,18 @@ def test_shrunk_decoding(tmp_path, shape, orientation):
 @pytest.mark.parametrize("shape", [(400, 600), (427, 640), (427, 300), (427, 427)])
 def test_centre_crop(tmp_path, name, shape):
     """size 224, crop 0.875 is torchvision's Resize(256), CenterCrop(224), to half a grey level."""
-    picture = load_sample_image(name)[: shape[0], : shape[1]]
-    reference = CenterCrop(224)(Resize(256)(Image.fromarray(picture)))
-    pixels = read_image(save(tmp_path / "a.png", picture), 3, (224, 224), 0.875)
+    image = load_sample_image(name)[: shape[0], : shape[1]]
+    reference = CenterCrop(224)(Resize(256)(Image.fromarray(image)))
+    pixels = read_image(save(tmp_path / "a.png", image), 3, (224, 224), 0.875)
     assert np.abs(pixels.astype(int) - np.asarray(reference)).mean() < 0.5
 
 
 @pytest.mark.parametrize("shape", [(60, 92), (92, 60)])
 def test_aspect_ratio(tmp_path, shape):
-    """A box has the shape asked for: squares of the picture stay square."""
-    picture = np.zeros(shape, np.uint8)
-    picture[shape[0] // 2 - 10 : shape[0] // 2 + 10, shape[1] // 2 - 10 : shape[1] // 2 + 10] = 255
-    pixels = read_image(save(tmp_path / "a.png", picture), 1, (30, 30))[..., 0] > 127
+    """A box has the shape asked for: squares of the image stay square."""
+    image = np.zeros(shape, np.uint8)
+    image[shape[0] // 2 - 10 : shape[0] // 2 + 10, shape[1] // 2 - 10 : shape[1] // 2 + 10] = 255
+    pixels = read_image(save(tmp_path / "a.png", image), 1, (30, 30))[..., 0] > 127
     assert pixels.any(0).sum() == pixels.any(1).sum() == 10
     assert np.array_equal(pixels, pixels[::-1, ::-1])
 
@@ -221,7 +221,7 @@ def test_aspect_ratio(tmp_path, shape):
 @pytest.mark.parametrize("shape", [(30, 45), (1, 400), (400, 1), (1, 1), (600, 801)])
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_random_boxes(tmp_path, shape, suffix):
-    """Every draw gives a box inside the picture, whatever its shape, and the same box again."""
+    """Every draw gives a box inside the image, whatever its shape, and the same box again."""
     path = save(tmp_path / f"a{suffix}", smooth(*shape))
     draws = [
         [a, b, c, d] for a in (0, 0.9999999) for b in (0, 0.9999999) for c, d in ((0, 1), (1, 0))
@@ -264,7 +264,7 @@ BROKEN = {
 @pytest.mark.parametrize("read", [lambda p: read_image(p, 3), lambda p: inspect_image(p, 64)])
 @pytest.mark.parametrize("kind", [*BROKEN, "missing", "a folder"])
 def test_unreadable(tmp_path, kind, read):
-    """What is no whole picture is named in one line, and PostScript never reaches a reader."""
+    """What is no whole image is named in one line, and PostScript never reaches a reader."""
     path = tmp_path / "a.png"
     if kind == "a folder":
         path.mkdir()
@@ -319,7 +319,7 @@ def test_newer_formats(tmp_path, suffix):
     path = tmp_path / f"red{suffix}"
     Image.new("RGB", (40, 40), "red").save(path)
     assert (decode.read_image(path, 3)[20, 20] - np.array([255, 0, 0])).max() < 8
-    path.write_text("no picture at all")
+    path.write_text("no image at all")
     with pytest.raises(decode.UnreadableImage, match="not a known kind of image"):
         decode.read_image(path, 3)
 

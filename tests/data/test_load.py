@@ -320,10 +320,10 @@ def test_choose_data(tmp_path, monkeypatch, capsys):
 def test_training_learns_of_broken_test_images(tmp_path, make_folder):
     """Every broken file is listed before training, those in test/ too; test.py reads its own."""
     root = make_folder(tmp_path / "p", {"train": 4, "test": 2})
-    (root / "test" / "ants" / "broken.png").write_bytes(b"no picture")
+    (root / "test" / "ants" / "broken.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"test/ants/broken\.png"):
         load(str(root), ["train"], val=0)
-    (root / "train" / "ants" / "broken.png").write_bytes(b"no picture")
+    (root / "train" / "ants" / "broken.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="1 of 5"):
         load(str(root), ["test"])
 
