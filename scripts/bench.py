@@ -38,18 +38,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import _root  # noqa: F401
 from lenslet import files
-from lenslet.cli import create_parser, number, parse, time_span
+from lenslet.cli import as_written, create_parser, number, parse, parse_duration
 from lenslet.data import sets
 from lenslet.data.augment import augment
-from lenslet.data.batches import Data, ImageBatches, Split
+from lenslet.data.batches import Data, Split, evenly_spaced
 from lenslet.data.layout import find_folder
 from lenslet.data.load import choose_data, load
 from lenslet.data.prepare import Prepare
 from lenslet.distributed.start import create_accelerator, device_time, start_processes
-from lenslet.errors import UserError, nearest, run_main
+from lenslet.errors import UserError, error_context, nearest, run_main
 from lenslet.files import atomic_write
 from lenslet.grid import encode_png
-from lenslet.runs import folder as run_folder
+from lenslet.metrics import evaluate
+from lenslet.runs.folder import weights_path
 from lenslet.training.optimizers import create_optimizer
 from lenslet.weights import read_header
 from model import TutorialCNN, create_model
@@ -122,7 +123,7 @@ def trained(args, *words) -> dict:
     began = time.perf_counter()
     run_command("train.py", "--data", args.data, "--no-resume", *words)
     seconds = time.perf_counter() - began
-    run = run_folder.weights_path(None).parent
+    run = weights_path(None).parent
     header = read_header(run / "model.safetensors")
     run_command("test.py", *(["--tta"] if header["options"]["augment"] != "none" else []))
     report = json.loads((run / "report/metrics.json").read_text())
@@ -135,15 +136,11 @@ def trained(args, *words) -> dict:
     }
 
 
-def spawned() -> ProcessPoolExecutor:
-    """A fresh process for the other side, which nothing of ours has tuned."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-
-
 def bench_tutorial(args) -> dict:
     """Ours, the tutorial's loop, ours again."""
     words = ["--config", "tutorial", "--epochs", str(args.epochs)]
-    with spawned() as process:
+    # The other side gets a fresh process, which nothing of ours has tuned.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         first = trained(args, *words)
         theirs = process.submit(tutorial_loop, args.data, args.epochs).result()
         second = trained(args, *words)
@@ -176,9 +173,9 @@ def sample(args, folder: Path, count: int) -> Data:
     data = load(args.data, ["train"], val=0)
     part = data.splits["train"]
     if not part.in_memory:
-        raise UserError(f"--data {args.data}: `step` needs pictures of up to 64 pixels")
-    chosen = torch.linspace(0, len(part) - 1, count).long()
-    for i, image in zip(chosen.tolist(), part.pixels(chosen), strict=True):
+        raise UserError(f"--data {args.data}: `step` needs images of up to 64 pixels")
+    chosen = evenly_spaced(len(part), count)
+    for i, image in zip(chosen, data.batch("train", chosen).images, strict=True):
         path = folder / "train" / data.classes[part.labels[i]] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode_png(image))
@@ -226,7 +223,7 @@ def compare_steps(name, data, batch, count, folder, accelerator) -> dict:
     optimizer = create_optimizer("sgd", network, 0.01, 0.9, 0.0)
     images = prepare(part.pixels(torch.arange(batch)).to(device))
     labels, index = part.labels[:batch].to(device), torch.arange(batch, device=device)
-    loader, pick = data.loader("train", 4 * batch), ImageBatches(part, data)
+    loader = data.loader("train", 4 * batch)
 
     def seconds(work) -> float:
         began = device_time(device)
@@ -255,9 +252,10 @@ def compare_steps(name, data, batch, count, folder, accelerator) -> dict:
         return json.loads((output / "metrics.json").read_text())["epochs"][-1]["seconds"]
 
     def prepare_data():
-        prepare(augment(pick[0, range(batch)][0].to(device), "standard", False, 0, 0, index))
+        picked = data.batch("train", list(range(batch))).images.to(device)
+        prepare(augment(picked, "standard", False, 0, 0, index))
 
-    def evaluate():
+    def evaluation():
         evaluate(network, loader, prepare, accelerator)
 
     bare()
@@ -266,7 +264,7 @@ def compare_steps(name, data, batch, count, folder, accelerator) -> dict:
         before, mine, after = seconds(bare), ours(), seconds(bare)
         rounds.append((mine / steps, (before + after) / 2 / steps))
     others = [
-        [seconds(work) for work in (forward, prepare_data, evaluate)] for _ in range(count + 1)
+        [seconds(work) for work in (forward, prepare_data, evaluation)] for _ in range(count + 1)
     ]
     forward_, data_, evaluate_ = map(statistics.median, zip(*others[1:], strict=True))
     network.train()
@@ -306,7 +304,8 @@ def bench_photos(args) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         name = args.photos or generate_photos(Path(temporary))
         resize = Compose([Resize(256), CenterCrop(224), ToTensor()])
-        data = load(name, ["train"], val=0)
+        with error_context(f"--photos {name}"):
+            data = load(name, ["train"], val=0)
         folder = ImageFolder(find_folder(name) / "train", resize)
         loaders = {
             "torchvision": torch.utils.data.DataLoader(folder, 8, num_workers=args.workers),
@@ -323,7 +322,7 @@ def bench_photos(args) -> dict:
         differences = []
         for i in range(0, len(part), max(1, len(part) // 50)):
             if part.images[i] in rows:  # torchvision leaves out GIF files
-                mine = ImageBatches(part, data)[0, [i]][0][0].float()
+                mine = data.batch("train", [i]).images[0].float()
                 theirs = folder[rows[part.images[i]]][0] * 255
                 differences.append((mine - theirs).abs().mean().item())
     ratios = [b / a for a, b in zip(*speeds.values(), strict=True)]
@@ -339,15 +338,15 @@ def bench_photos(args) -> dict:
 
 def bench_predict(args) -> dict:
     """predict.py by the newest run as a process: `import torch`, one picture and many, in turn."""
-    run = run_folder.weights_path(None).parent
+    run = weights_path(None).parent
     samples = sorted((run / "samples").glob("*.png"))
     if not samples:
         raise UserError(f"{run} has no samples: run `make test` first")
-    script, many = files.ROOT / "scripts" / "predict.py", 2000
+    predict, many = [sys.executable, files.ROOT / "scripts/predict.py", "--weights", run], 2000
     sides = {
-        "predict": [sys.executable, script, samples[0]],
+        "predict": [*predict, samples[0]],
         "import_torch": [sys.executable, "-c", "import torch"],
-        "predict_many": [sys.executable, script, *samples * (many // len(samples))],
+        "predict_many": [*predict, *samples * (many // len(samples))],
     }
     seconds = {side: [] for side in sides}
     for i in range(args.rounds + 1):
@@ -381,19 +380,11 @@ def table(found: dict, indent: str = "") -> str:
     """Nested figures as aligned lines to read."""
     lines = []
     for key, value in found.items():
-        label = f"{indent}{key.replace('_', ' ')}"
+        label = f"{indent}{str(key).replace('_', ' ')}"
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = dict(enumerate(value, 1))
         if isinstance(value, dict):
             lines += [label, table(value, indent + "  ")]
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            lines += [
-                label,
-                *(
-                    indent
-                    + "  "
-                    + ", ".join(f"{k.replace('_', ' ')} {short(v)}" for k, v in row.items())
-                    for row in value
-                ),
-            ]
         else:
             lines.append(f"{label:40}{short(value)}")
     return "\n".join(lines)
@@ -419,26 +410,25 @@ PARTS = {
 
 def main(argv=None):
     parser = create_parser(__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {' '.join(PARTS)} (all)")
-    parser.add_argument("--data", help="a set or folder (default: cifar10)")
-    parser.add_argument("--photos", metavar="DIR", help="a folder of photographs for `photos`")
-    parser.add_argument("--epochs", type=number(int, 1), default=10, help="of the tutorial")
-    parser.add_argument("--rounds", type=number(int, 1), default=5, help="of each comparison")
-    parser.add_argument("--workers", type=number(int, 0), default=2, help="of photos")
-    help = "what `accuracy` trains for"
-    times = ["10s", "20s", "40s", "80s"]
-    parser.add_argument("--times", type=time_span, nargs="+", default=times, help=help)
+    add, count = parser.add_argument, number(int, 1)
+    add("parts", nargs="*", metavar="PART", help=f"of {' '.join(PARTS)} (all)")
+    add("--data", help="a set or folder (default: cifar10)")
+    add("--photos", metavar="DIR", help="a folder of photographs for `photos`")
+    add("--epochs", type=count, default=10, help="of the tutorial")
+    add("--rounds", type=count, default=5, help="of each comparison")
+    add("--workers", type=number(int, 0), default=2, help="of photos")
+    times, targets = ["10s", "20s", "40s", "80s"], [0.6, 0.7, 0.8]
+    span = as_written(parse_duration)
+    add("--times", type=span, nargs="+", default=times, help="what `accuracy` trains for")
     help = "accuracies, 0..1, whose training time `accuracy` looks for"
-    targets = [0.6, 0.7, 0.8]
-    parser.add_argument(
-        "--targets", type=number(float, 0, 1), nargs="+", default=targets, help=help
-    )
+    add("--targets", type=number(float, 0, 1), nargs="+", default=targets, help=help)
     args = parse(parser, argv)
     for part in args.parts:
         if part not in PARTS:
             raise UserError(f"{part}: no such part{nearest(part, PARTS)} (see --help)")
     start_processes()
-    args.data = choose_data(args.data)
+    with error_context(f"--data {args.data}"):
+        args.data = choose_data(args.data)
     result = {"machine": describe_machine(), "data": args.data}
     for part in args.parts or PARTS:
         print(f"measuring: {part}", flush=True)
