@@ -1,0 +1,157 @@
+"""The report tells each figure as it is, and the confusion matrix can be read."""
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lenslet.analysis.report import (
+    LEGIBLE,
+    draw_confusion,
+    figures_table,
+    predictions_csv,
+    summary,
+    write_report,
+    write_samples,
+)
+from lenslet.data.batches import Data, Split
+from lenslet.data.decode import read_image
+from lenslet.data.load import load
+from lenslet.metrics import figures
+
+
+def share_of(colour, cells):
+    """How much of a picture [3, H, W] is redder or bluer than it is anything else."""
+    red, _, blue = cells.int()
+    return ((red - blue if colour == "red" else blue - red) > 20).double().mean().item()
+
+
+def matrix(count, row, column, images):
+    counts = torch.zeros(count, count, dtype=torch.int64)
+    counts[row, column] = images
+    return counts
+
+
+@pytest.mark.parametrize("count", [2, 10, LEGIBLE, LEGIBLE + 1, 100, 1000])
+def test_confusion_of_any_number_of_classes(count):
+    """The picture is square and neither tiny nor huge, and its counts come back as colours."""
+    names = [f"class {i}" for i in range(count)]
+    drawn = draw_confusion(torch.eye(count, dtype=torch.int64), names)
+    assert drawn.dtype == torch.uint8 and drawn.shape[0] == 3 and drawn.shape[1] == drawn.shape[2]
+    assert 120 < drawn.shape[1] < 1300
+    assert share_of("blue", drawn) > 0 and share_of("red", drawn) == 0
+
+
+@pytest.mark.parametrize("count", [4, 50])
+def test_confusion_has_true_classes_in_rows(count):
+    """A mistake is red, at the height of its true class and above it its predicted one."""
+    row, column = count - 1, 0
+    drawn = draw_confusion(matrix(count, row, column, 7), ["a"] * count)
+    assert share_of("blue", drawn) == 0
+    half = drawn.shape[1] // 2
+    assert share_of("red", drawn[:, half:, :half]) > 0
+    assert share_of("red", drawn[:, :half]) == share_of("red", drawn[:, half:, half:]) == 0
+
+
+def test_confusion_shows_names_and_counts_where_they_fit():
+    """Up to LEGIBLE classes have names and counts; more have neither, nor room for them."""
+
+    def differs(count, **change):
+        plain = {"counts": torch.eye(count, dtype=torch.int64), "names": ["a"] * count}
+        first, second = (draw_confusion(*some.values()) for some in (plain, plain | change))
+        return first.shape != second.shape or not torch.equal(first, second)
+
+    for count, legible in ((LEGIBLE, True), (LEGIBLE + 1, False)):
+        assert differs(count, names=["b"] * count) == legible
+        assert differs(count, counts=2 * torch.eye(count, dtype=torch.int64)) == legible
+
+
+def test_confusion_shade_is_the_share_of_the_true_class():
+    """One mistake in a hundred shows, a class ten times as frequent does not outshine others."""
+    counts = torch.tensor([[99, 1], [10, 990]])
+    faint, frequent = (draw_confusion(times * counts, ["a"] * 2) for times in (1, 10))
+    shades = [x[:, 50, -25].tolist() for x in (faint, frequent)]  # in the upper right cell
+    assert shades[0] == shades[1] == [246, 231, 232]  # a tenth of the way from white to red
+    assert faint[:, -25, 50].tolist() == shades[0]  # and in the lower left one
+
+
+def test_confusion_without_images_of_a_class():
+    """A class that has no test images leaves its row white."""
+    assert share_of("red", draw_confusion(torch.zeros(3, 3, dtype=torch.int64), list("abc"))) == 0
+
+
+def test_long_names_are_cut():
+    """A name of any length leaves room for the cells."""
+    counts = torch.eye(3, dtype=torch.int64)
+    assert draw_confusion(counts, ["a" * 500] * 3).shape[1] < 400
+
+
+ROWS = torch.tensor([[0, 0, 0, 1, 0.9, 0.1], [1, 1, 0, 1, 0.6, 1.5], [2, 1, 1, 1, 1.0, 0.0]])
+
+
+def test_predictions_csv():
+    """A row per image, whatever is in its name."""
+    text = predictions_csv(ROWS, ["a,b.png", 'c"d.png', "é.png"], ["ants", "bees"])
+    rows = list(csv.reader(io.StringIO(text)))
+    assert rows[0] == ["file", "label", "prediction", "probability"]
+    assert rows[2] == ['c"d.png', "bees", "ants", "0.600000"]
+    assert len(rows) == 4
+
+
+def test_table_and_summary():
+    """The console has each class, the means and, where it was asked for, the figure of --tta."""
+    result = figures(ROWS.double(), 2)
+    said = figures_table(result, ["ants", "a long class name"]).splitlines()
+    assert len({line.index("%") for line in said[1:]}) == 1  # aligned
+    assert said[1].split() == ["ants", "1", "100.00%", "50.00%", "100.00%", "66.67%"]
+    assert "66.67%" in said[3] and said[3].startswith("all")
+    assert summary(result, "val") == ("val accuracy 66.67%, top-5 100.00%, loss 0.5333, 3 images")
+    both = summary(result | {"tta": result | {"top1": 1.0}}, "test").splitlines()
+    assert len(both) == 2 and "--tta" in both[1] and "accuracy 100.00%" in both[1]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (90, 70)])
+def test_write_report(make_folder, tmp_path, size):
+    """report/ and samples/ of small images and of photographs; old samples go."""
+    folder = make_folder(tmp_path / "pictures", {"train": 2, "test": 7}, size=size)
+    data = load(str(folder), ["test"])
+    count = len(data.splits["test"])
+    label = data.splits["test"].labels.double()
+    index, ones = torch.arange(count).double(), torch.ones(count).double()
+    rows = torch.stack([index, label, 0 * label, ones, 0.5 * ones, ones], 1)
+    result = figures(rows, 2)
+    (tmp_path / "report").mkdir()
+    write_report(tmp_path / "report", {"weights": "w", "epoch": 3}, data, "test", rows, result)
+
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert list(metrics) == ["weights", "epoch", "data", "split", "classes", *result]
+    assert metrics["top1"] == 0.5 and metrics["confusion"] == [[7, 0], [7, 0]]
+    assert len((tmp_path / "report" / "predictions.csv").read_text().splitlines()) == 15
+    assert read_image(tmp_path / "report" / "predictions.png", 3).shape[2] == 3
+    events = EventAccumulator(str(tmp_path / "report")).Reload()
+    assert events.Scalars("test/top1")[0].step == 3
+    assert events.Scalars("test/top1")[0].value == 0.5
+    (shown,) = events.Images("test/confusion")
+    (tmp_path / "shown.png").write_bytes(shown.encoded_image_string)
+    expected = draw_confusion(torch.tensor(result["confusion"]), data.classes)
+    drawn = torch.from_numpy(read_image(tmp_path / "shown.png", 3)).permute(2, 0, 1)
+    assert torch.equal(drawn, expected)
+
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    (samples / "99-old.png").touch()
+    written = write_samples(samples, data, "test")
+    assert sorted(written) == sorted(samples.iterdir()) and len(written) == 10
+    assert [p.name for p in written[::9]] == ["0-ants.png", "9-bees.png"]
+    assert read_image(written[0], 3).shape == (*size, 3)  # in full size
+
+
+def test_samples_of_odd_class_names(tmp_path):
+    """A class name with a slash makes no folder."""
+    split = Split(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), torch.tensor([0]), ["0"])
+    data = Data("fashion", ["T-shirt/top"], 1, (4, 4), 1.0, {"test": split}, "")
+    (sample,) = write_samples(tmp_path, data, "test")
+    assert sample == tmp_path / "0-T-shirt-top.png" and sample.is_file()
