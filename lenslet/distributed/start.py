@@ -63,7 +63,7 @@ def _meeting_point(world: int) -> dict:
     return {"store": store, "rank": int(os.environ["RANK"]), "world_size": world}
 
 
-def from_main_process(state: PartialState, work):
+def from_main_process(state: PartialState | Accelerator, work):
     """What work() returns on the first process, on all of them.
 
     Where it fails, the first process raises and the others leave quietly with its exit status:
@@ -84,7 +84,7 @@ def from_main_process(state: PartialState, work):
     return result
 
 
-def main_process_first(state: PartialState, work):
+def main_process_first(state: PartialState | Accelerator, work):
     """What work() returns on each process; the others begin when the first one has succeeded."""
     result = None
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lenslet import files
-from lenslet.cli import as_yaml, parse_duration, stored
+from lenslet.cli import as_yaml, steps_or_time, stored
 from lenslet.data.batches import on_device
 from lenslet.distributed.determinism import environment, environment_changes
 from lenslet.distributed.interrupts import Interrupts
@@ -87,7 +87,7 @@ def find_run(args, accelerator: Accelerator) -> Found:
         compare = lambda run: options.differences(run, args)  # noqa: E731
         return claim(folder, compare, resume=restarted or args.resume is None)
 
-    folder, newest, notes = from_main_process(accelerator.state, find)
+    folder, newest, notes = from_main_process(accelerator, find)
     return Found(folder, newest, checkpoint.load_checkpoint(newest) if newest else None, notes)
 
 
@@ -102,33 +102,33 @@ class Run:
         self, args, found: Found, header: dict, inputs, net: Net, meter: Meter, plan: Plan
     ):
         """header: of the weights to write.  inputs: see build.Inputs.  Restores net and meter."""
-        self._args, self._header, self._inputs, self._plan = args, header, inputs, plan
+        self._args, self._inputs, self._plan = args, inputs, plan
         self._accelerator = accelerator = inputs.accelerator
         self._main = accelerator.is_main_process
         self.folder, notes = found.folder, list(found.notes)
+        if self._main:  # first of all: with it, the folder is a run
+            atomic_write(self.folder / "options.yaml", as_yaml(stored(args)))
         self.progress = Progress(seconds=plan.spent, marks=plan.marks)
         self.progress.width = net.bare.arguments.get("width")
-        self._checkpoint, self._weights, self._pending = found.checkpoint, None, {}
         if found.saved:
             self.progress = Progress(**found.saved["progress"])
             notes += self._restore(found.saved, net, meter)
         plan.marks = self.progress.marks  # one list, which every mark is added to
-        self.scores = []
-        if inputs.val_loader:
-            self.scores = [score(record, args.metric) for record in self.progress.history]
+        self._header = header | environment(accelerator.mixed_precision)
+        validated = self.progress.history if inputs.val_loader else []
+        self.scores = [score(record, args.metric) for record in validated]
         self.board = TensorBoard(self.folder if self._main else None, self.progress.step)
-        if self._main:
-            atomic_write(self.folder / "options.yaml", as_yaml(stored(args)))
-            if found.checkpoint and (found.checkpoint / "model.safetensors").exists():
-                self._weights = (found.checkpoint / "model.safetensors").read_bytes()
-                atomic_write(self.folder / "model.safetensors", self._weights)
-        self._written = self._weights
-        steps = args.save_every.isdecimal()
-        self._save_steps = int(args.save_every) if steps else 0
-        self._save_seconds = math.inf if steps else parse_duration(args.save_every)
-        self._saved_at = time.perf_counter()
-        fitted = [] if found.saved else inputs.notes
-        notes = [*inputs.data.notes, *fitted, *notes]
+        # The best weights so far, as a file: to be written, and written; other files to be written.
+        self._weights, self._written, self._pending = None, None, {}
+        self._checkpoint = found.checkpoint  # the newest
+        best = found.checkpoint and found.checkpoint / "model.safetensors"
+        if self._main and best and best.exists():
+            self._weights = self._written = best.read_bytes()
+            atomic_write(self.folder / "model.safetensors", self._weights)
+        self._save_every, self._saved_at = steps_or_time(args.save_every), time.perf_counter()
+        # '/10', unless the clock decides how many epochs there will be.
+        self._of_epochs = "" if args.time or args.plan else f"/{args.epochs}"
+        notes = [*inputs.data.notes, *([] if found.saved else inputs.notes), *notes]
         accelerator.print(summary.introduce(args.model, inputs.data, net.bare, accelerator, notes))
         self._began = time.perf_counter() - self.progress.seconds
 
@@ -147,7 +147,7 @@ class Run:
         self._epoch_began = time.perf_counter() - progress.epoch_seconds
         bar = tqdm(
             on_device(loader, self._accelerator.device),
-            f"epoch {progress.epoch + 1}{self._of_epochs()}",
+            f"epoch {progress.epoch + 1}{self._of_epochs}",
             len(loader),
             leave=False,
             initial=progress.batch,
@@ -155,10 +155,6 @@ class Run:
         )
         with bar:
             yield from bar
-
-    def _of_epochs(self) -> str:
-        """'/10', unless the clock decides how many there will be."""
-        return "" if self._args.time or self._args.plan else f"/{self._args.epochs}"
 
     def advance(self, images: int, lr: float) -> bool:
         """Count a step on so many images over all processes; whether the epoch ends with it.
@@ -170,10 +166,8 @@ class Run:
         progress.images, progress.lr = progress.images + images, lr
         progress.epoch_seconds, progress.seconds = now - self._epoch_began, now - self._began
         if self._plan.is_due(progress.step):
-            device = self._accelerator.device
-            spent = from_main_process(
-                self._accelerator.state, lambda: device_time(device) - self._began
-            )
+            device, began = self._accelerator.device, self._began
+            spent = from_main_process(self._accelerator, lambda: device_time(device) - began)
             self._plan.note_time(progress.step, spent)
         ends = progress.batch == len(self._inputs.train_loader)
         return ends or progress.step == self._plan.total
@@ -182,17 +176,17 @@ class Run:
         """Whether to save now.  All processes ask after every step, and agree on it and on
         interrupts.stop without waiting for each other.
         """
-        late = self._main and time.perf_counter() - self._saved_at > self._save_seconds
-        steps = self._save_steps > 0 and self.progress.step % self._save_steps == 0
-        return interrupts.agree(late) or steps
+        every = self._save_every
+        if isinstance(every, int):
+            return interrupts.agree() or self.progress.step % every == 0
+        return interrupts.agree(self._main and time.perf_counter() - self._saved_at > every)
 
     def log(self, meter: Meter, ends: bool) -> None:
         """Check the loss; at the end of an epoch and every --log-every steps, log its mean.
 
         Here the CPU waits for the GPU.  Errors: UserError if the loss is not finite.
         """
-        progress = self.progress
-        loss, hits, finite = meter.read()
+        progress, (loss, hits, finite) = self.progress, meter.read()
         if not math.isfinite(loss):
             self._give_up(loss, progress.logged + finite + 1, meter)
         if ends or progress.step % self._args.log_every == 0:
@@ -206,9 +200,8 @@ class Run:
     def _give_up(self, loss: float, step: int, meter: Meter) -> None:
         """End a run whose loss is not finite since step `step`."""
         where = f"epoch {self.progress.epoch + 1} at step {step}, lr {self.progress.lr:.2g}"
-        kept = "no weights are saved yet"
-        if self._written:
-            kept = f"the last good weights are in {self.folder / 'model.safetensors'}"
+        good = self.folder / "model.safetensors"
+        kept = f"the last good weights are in {good}" if self._written else "no weights are saved"
         remedy = options.REMEDIES["exploding"]
         raise UserError(f"{diverged(loss, where, meter.gradient)}: {remedy}; {kept}")
 
@@ -217,8 +210,7 @@ class Run:
 
         rows: of the validation, from metrics.evaluate(); None without validation images.
         """
-        progress, args = self.progress, self._args
-        record = self._record(net, meter, rows)
+        progress, args, record = self.progress, self._args, self._record(net, meter, rows)
         progress.history.append(record)
         standing = self._standing(record)
         better = progress.best is None or standing > progress.best_score
@@ -238,7 +230,7 @@ class Run:
             point_latest(self.folder)
         left = 0 if progress.ended else self._plan.total - progress.step
         left *= progress.seconds / progress.step
-        line = summary.epoch_line(record, self._of_epochs(), left, args.metric)
+        line = summary.epoch_line(record, self._of_epochs, left, args.metric)
         self._accelerator.print(line)
 
     def _record(self, net: Net, meter: Meter, rows: Tensor | None) -> dict:
@@ -290,16 +282,15 @@ class Run:
         If that fails, training goes on with a line on the console and the checkpoint before, unless
         this was the last chance: then OSError.  Every process calls this.
         """
-        accelerator = self._accelerator
         self.progress.seconds = time.perf_counter() - self._began
         content = {
             "progress": dataclasses.asdict(self.progress),
             "meter": meter.state(),
             "inputs": self._inputs.sha256,
-            "environment": environment(accelerator.mixed_precision),
+            "environment": environment(self._accelerator.mixed_precision),
             **net.state(),
         }
-        from_main_process(accelerator.state, lambda: self._write(content, last))
+        from_main_process(self._accelerator, lambda: self._write(content, last))
         self._saved_at = time.perf_counter()
 
     def _write(self, content: dict, last: bool) -> None:
@@ -337,7 +328,7 @@ class Run:
         try:
             net.load_state(saved)
         except UserError as error:
-            raise UserError(f"{self._checkpoint} {error}; start anew with --no-resume") from error
+            raise UserError(f"{self.folder} {error}; start anew with --no-resume") from error
         meter.load_state(saved["meter"])
         epoch, batch = self.progress.epoch + 1, self.progress.batch
         return [*changes, f"{self.folder} goes on in epoch {epoch} after {batch} batches"]
@@ -346,18 +337,13 @@ class Run:
         """Say what was reached and which command comes next; the exit status."""
         progress, args, status = self.progress, self._args, interrupts.stop
         if self._main and not interrupts.stop:
-            was_finished = is_finished(self.folder)
+            if not is_finished(self.folder):
+                self.board.add_hparams(stored(args), progress.best, progress.step)
             metrics = summary.metrics_json(progress, finished=True)
             atomic_write(self.folder / "metrics.json", metrics)
-            if not was_finished:
-                self.board.add_hparams(stored(args), progress.best, progress.step)
             print(summary.conclude(progress, self.folder, args.metric, args.overfit))
         elif self._main:
-            batches = f"{progress.batch} of {len(self._inputs.train_loader)} batches"
-            print(
-                f"stopped in epoch {progress.epoch + 1} after {batches}, and saved: the same "
-                f"command goes on, or --resume {self.folder}"
-            )
+            print(summary.stopped(progress, len(self._inputs.train_loader), self.folder))
         self.board.close()
         self._accelerator.wait_for_everyone()  # without it gloo now and then aborts on shutdown
         self._accelerator.end_training()

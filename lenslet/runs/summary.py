@@ -61,6 +61,12 @@ def metrics_json(progress, finished: bool) -> bytes:
     return json.dumps({"epochs": progress.history, "summary": summary}, indent=1).encode()
 
 
+def stopped(progress, batches: int, folder: Path) -> str:
+    """Where a signal stopped the run; batches: of an epoch."""
+    where = f"stopped in epoch {progress.epoch + 1} after {progress.batch} of {batches} batches"
+    return f"{where}, and saved: the same command goes on, or --resume {folder}"
+
+
 def conclude(progress, folder: Path, metric: str | None, overfit: int | None) -> str:
     """What was reached, where the weights are, and which command comes next.
 

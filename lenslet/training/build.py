@@ -16,7 +16,7 @@ from lenslet.data.batches import Data, evenly_spaced, on_device
 from lenslet.data.load import RECIPES, choose_data, load, recipe_for
 from lenslet.data.prepare import Prepare, channel_statistics
 from lenslet.distributed import start
-from lenslet.distributed.determinism import compute_deterministically, environment
+from lenslet.distributed.determinism import compute_deterministically
 from lenslet.errors import UserError, error_context
 from lenslet.metrics import evaluation_batch
 from lenslet.training import losses, options, pretrained
@@ -82,16 +82,16 @@ def read_inputs(args, accelerator: Accelerator) -> Inputs:
     The main process inspects the files of a folder first; the others read what it found.
     Errors: UserError, OutsideError, naming the option.
     """
-    state, tensors, header, teacher = start.PartialState(), {}, {}, None
+    tensors, header, teacher = {}, {}, None
     if args.pretrained:
         with error_context(f"--pretrained {args.pretrained}"):
             tensors, header = start.main_process_first(
-                state, lambda: pretrained.read_weights(args.pretrained, args.model)
+                accelerator, lambda: pretrained.read_weights(args.pretrained, args.model)
             )
     if args.teacher:
         with error_context("--teacher"):
             teacher = load_model(args.teacher)
-    data = _load_data(args)
+    data = _load_data(args, accelerator)
     train = data.splits["train"]
     with error_context(f"--image-weights {args.image_weights}"):
         weights, weights_sha256 = losses.image_weights(args.image_weights, args.data, train)
@@ -129,13 +129,13 @@ def read_inputs(args, accelerator: Accelerator) -> Inputs:
     )
 
 
-def _load_data(args) -> Data:
+def _load_data(args, accelerator: Accelerator) -> Data:
     """The training and validation images; with --overfit, both are the same."""
     defaults = network_defaults(args.model)
     validates = options.validates(args) and not args.overfit
     with error_context(f"--data {args.data}"):
         data = start.main_process_first(
-            start.PartialState(),
+            accelerator,
             lambda: load(
                 args.data,
                 ["train", "val"] if validates else ["train"],
@@ -208,7 +208,7 @@ def create_net(args, inputs: Inputs, width: int | None = None) -> Net:
         )
     with error_context("--freeze" if args.freeze else "--freeze-epochs"):
         freezer = Freezer(network, args.freeze or [], args.freeze_epochs, head)
-    least = 2 * start.PartialState().num_processes
+    least = 2 * inputs.accelerator.num_processes
     if args.batch_size < least and any(map(_is_batch_norm, network.modules())):
         raise UserError(f"--batch-size: batch norm needs 2 images per process, so {least}")
     return Net(network, optimizer, freezer, prepare)
@@ -247,7 +247,7 @@ def create_plan(args, inputs: Inputs, net: Net, saved: dict | None) -> tuple[Pla
 
         count = len(inputs.data.splits["train"])
         width = start.from_main_process(
-            accelerator.state, lambda: choose_width(images_per_second, plan.seconds, count)
+            accelerator, lambda: choose_width(images_per_second, plan.seconds, count)
         )
     if width and width != net.bare.arguments.get("width"):
         net = create_net(args, inputs, width)
@@ -314,7 +314,7 @@ def create_watch(args, inputs: Inputs, net: Net, board):
 
 
 def create_header(args, inputs: Inputs, net: Net) -> dict:
-    """What the weights file says of itself from the beginning; see weights.read_header()."""
+    """What weights.read_header() will find that is known before training."""
     data = inputs.data
     return {
         "model": args.model,
@@ -330,5 +330,4 @@ def create_header(args, inputs: Inputs, net: Net) -> dict:
         "data": args.data,
         "data_sha256": data.sha256,
         "options": stored(args),
-        **environment(inputs.accelerator.mixed_precision),
     }
