@@ -1,0 +1,173 @@
+"""test.py and predict.py say whose weights and data they use, and answer mistakes at once."""
+
+import csv
+import importlib
+import os
+import subprocess
+import sys
+import time
+
+import predict
+import pytest
+import torch
+
+from lenslet import files, weights
+from lenslet.errors import run_main
+from model import create_model
+
+measure = importlib.import_module("test")  # scripts/test.py, not the standard library's
+OPTIONS = {"precision": "no", "workers": 0, "val": 0.1, "skip_broken": False, "augment": "light"}
+OPTIONS |= {"batch_size": 4, "accumulate": 1}
+
+
+@pytest.fixture
+def pictures(make_folder, tmp_path):
+    return make_folder(tmp_path / "pictures", {"train": 4, "test": 3})
+
+
+@pytest.fixture
+def run(pictures, tmp_path):
+    """A run folder with weights of a network for these pictures, that runs/latest names."""
+    torch.manual_seed(0)
+    header = {
+        "model": "lenet",
+        "model_args": {"classes": 2, "channels": 3},
+        "classes": ["ants", "bees"],
+        "channels": 3,
+        "image_size": (12, 10),
+        "crop": 1.0,
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "data": str(pictures),
+        "epoch": 1,
+        "options": OPTIONS,
+    }
+    folder = files.RUNS / "pictures-lenet"
+    folder.mkdir(parents=True)
+    network = create_model("lenet", classes=2, channels=3)
+    (folder / "model.safetensors").write_bytes(weights.encode(network.state_dict(), header))
+    (files.RUNS / "latest").symlink_to("pictures-lenet")
+    return folder
+
+
+def refused(capsys, main, *words):
+    """What main says on standard error, a line, where it is to end with status 2."""
+    assert run_main(main, words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_weights_by_run_folder(run, pictures, capsys):
+    """A run folder, its file, and no --weights at all mean the same weights."""
+    answers = set()
+    for words in ([], ["--weights", run], ["--weights", run / "model.safetensors"]):
+        assert run_main(predict.main, [pictures, "--top", "2", *words]) == 0
+        answers.add(capsys.readouterr().out)
+        assert run_main(measure.main, words) == 0
+        assert "6 images" in capsys.readouterr().out
+    assert len(answers) == 1
+    for main, word in ((predict.main, [pictures]), (measure.main, [])):
+        said = refused(capsys, main, *word, "--weights", pictures)
+        assert (
+            said == f"error: {pictures}: no model.safetensors in this folder; name a run or a file"
+        )
+
+
+@pytest.mark.parametrize(
+    ("age", "ago"),
+    [
+        (0.2, "0 seconds"),
+        (1.5, "1 second"),
+        (59, "59 seconds"),
+        (61, "1 minute"),
+        (3 * 3600 + 5, "3 hours"),
+        (86400, "1 day"),
+        (40 * 86400, "40 days"),
+        (-100, "0 seconds"),
+    ],
+)
+def test_describe(run, monkeypatch, age, ago):
+    """Data set, network and age in a line, the path as it can be pasted; no link in it."""
+    monkeypatch.chdir(files.RUNS.parent)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    os.utime(run / "model.safetensors", (1e9 - age, 1e9 - age))
+    said = predict.describe(
+        files.RUNS / "latest" / "model.safetensors", {"data": "/a/b", "model": "m"}
+    )
+    assert said == f"runs/pictures-lenet/model.safetensors (b, m, trained {ago} ago)"
+
+
+def test_predict_says_which_weights_it_chose(run, pictures, capsys):
+    """On standard error, and only where none were named: the answers stay as they are."""
+    assert run_main(predict.main, [pictures, "--format", "csv"]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("using ") and len(said.err.splitlines()) == 1
+    assert f"{run.name}/model.safetensors (pictures, lenet, trained " in said.err
+    assert len(list(csv.DictReader(said.out.splitlines()))) == 14
+    assert run_main(predict.main, [pictures, "--weights", run]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_that_is_named_twice_is_answered_twice(run, pictures, capsys):
+    """The answers are in the order given, over several batches, repetitions included."""
+    names = [str(pictures / "test" / "ants" / f"{i}.png") for i in (2, 0, 2)] * 30
+    assert run_main(predict.main, [*names, "--weights", run]) == 0
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == names
+
+
+def test_errors_blame_what_the_user_knows(run, pictures, tmp_path, capsys):
+    """--data where it was given; else the weights whose data is gone or other than it was."""
+    words = ["--weights", run]
+    gone = tmp_path / "gone"
+    said = refused(capsys, measure.main, *words, "--data", gone)
+    assert said == f"error: --data {gone}: no such folder"
+    file = run / "model.safetensors"
+    pictures.rename(gone)
+    said = refused(capsys, measure.main, *words)
+    assert said == f"error: the data of {file}, {pictures}: no such folder; give --data"
+    assert run_main(measure.main, [*words, "--data", gone]) == 0
+    capsys.readouterr()
+    gone.rename(pictures)
+    (pictures / "train" / "ants").rename(pictures / "train" / "wasps")
+    (pictures / "test" / "ants").rename(pictures / "test" / "wasps")
+    said = refused(capsys, measure.main, *words)
+    assert said.startswith(f"error: the data of {file}, {pictures}: class wasps is not among")
+
+
+def test_test_py_refuses_before_the_work(run, tmp_path, capsys, monkeypatch):
+    """An output that cannot be written, and a --tta that adds nothing, end before the pass."""
+    monkeypatch.setattr("lenslet.metrics.evaluate", None)
+    (tmp_path / "file").touch()
+    said = refused(capsys, measure.main, "--output", tmp_path / "file")
+    assert said.startswith(f"error: --output {tmp_path / 'file'}: cannot be written (")
+    assert "a CPU" in refused(capsys, measure.main, "--precision", "fp16")
+    monkeypatch.setitem(OPTIONS, "augment", "none")
+    (run / "model.safetensors").write_bytes(_with_options(run / "model.safetensors"))
+    assert "--augment none" in refused(capsys, measure.main, "--tta")
+
+
+def _with_options(path):
+    tensors, header = weights.read(path)
+    for key in ("format", "version", "sha256"):
+        del header[key]
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    return weights.encode(tensors, header | {"options": OPTIONS})
+
+
+@pytest.mark.parametrize("script", ["test", "predict", "download", "results"])
+def test_mistakes_wait_for_no_import(script):
+    """--help and a misspelt option need neither torch nor what else takes long to import."""
+    code = (
+        "import importlib, sys; sys.path[:0] = ['scripts', '.']\n"
+        f"main = importlib.import_module({script!r}).main\n"
+        "from lenslet.errors import run_main\n"
+        "print(run_main(main, ['--mispelt', 'x']))\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as exit:\n    print(exit.code)\n"
+        "print({'torch', 'numpy', 'PIL', 'accelerate', 'matplotlib', 'yaml'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=files.ROOT, capture_output=True, text=True, check=True
+    )
+    lines = result.stdout.splitlines()
+    assert (lines[0], lines[-2:]) == ("2", ["0", "set()"])
+    assert result.stderr.startswith("error: unknown option --mispelt")
