@@ -53,7 +53,7 @@ def test_lenet():
 
 
 @pytest.mark.parametrize("name", model.NETWORKS)
-def test_own_networks_take_channels_classes_and_enlarged_pictures(name):
+def test_own_networks_take_channels_classes_and_enlarged_images(name):
     """Any number of channels and classes; fed at 32×32 or, to fastnet, 16×16 at least."""
     sizes = {"fastnet": (16, 16), "tutorial_cnn": (32, 32), "lenet": (32, 32)}
     network = create_model(name, 7, channels=1, size=(8, 8))
@@ -64,7 +64,7 @@ def test_own_networks_take_channels_classes_and_enlarged_pictures(name):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_one_training_step(name, shape):
-    """Every network trains on every kind of picture, and nothing that is to learn is left out."""
+    """Every network trains on every kind of image, and all that should learn gets a gradient."""
     torch.manual_seed(0)
     network = create_model(name, 10, channels=shape[0], size=shape[1:])
     assert network.training
@@ -174,7 +174,7 @@ def test_command_finds_nothing(capsys):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_whitening(channels):
-    """After whiten() the first layer's maps of those pictures have no correlation, variance 1."""
+    """After whiten() the first layer's maps of those images are uncorrelated, with variance 1."""
     torch.manual_seed(0)
     smooth = F.avg_pool2d(torch.randn(200, channels, 34, 34), 3, stride=1)  # neighbours are alike
     images = smooth + (smooth.mean(1, keepdim=True) if channels > 1 else 0)  # and channels
@@ -190,7 +190,7 @@ def test_whitening(channels):
 
 @pytest.mark.parametrize("side", [16, 28, 32, 64])
 def test_fastnet_takes_any_size_and_width(side):
-    """One set of weights serves every size of picture; the width is the first block's channels."""
+    """One set of weights serves every image size; the width is the first block's channels."""
     network = create_model("fastnet", 10, size=(side, side), width=16).eval()
     assert network.input_size == (side, side)
     assert network.blocks[0].conv1.out_channels == 16

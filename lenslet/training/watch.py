@@ -1,9 +1,9 @@
-"""A look inside the network while it trains, in TensorBoard: `train.py --watch`.
+"""What goes on inside a network while it trains, for TensorBoard: `train.py --watch`.
 
     gradient_norm/<layer>   scalars, and a warning where gradients vanish or explode
     weights/<layer>         histograms of filters and matrices
-    activations/<layer>     histograms of what layers and activation functions put out
-    feature_maps/<layer>    what convolutions make of one picture
+    activations/<layer>     histograms of the outputs of layers and activation functions
+    feature_maps/<layer>    what convolutions make of one image
     the graph               once
 
 A layer is a module with parameters of its own, called by its name in the network.
@@ -15,174 +15,214 @@ import io
 import itertools
 import math
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lenslet.data.batches import evenly_spaced
 from lenslet.distributed.start import device_time
 
-LAYERS, VALUES, BINS = 30, 10_000, 64  # histograms of a kind at most; of each, values and columns
-PICTURES, MAPS, SIDE = 6, 16, 64  # layers with feature maps; of each, maps and their pixels, about
-# Of judge(); measured in 20 networks over the first steps with SGD at lr 0.1, AdamW or Muon.
-# The first layer has at least 2e-4 of the last one's gradient, but none in step 0 where the last
-# matrix begins at zero; six layers with sigmoid have 2e-5, and twelve 5e-10.  Along the weights it
-# is at most 63, and where its norm is above 1000, 0.01: that is fastnet on digits, 18,000, whose
-# batch norm divides by nearly nothing.  In ReLU networks of 6 to 20 layers, with 3 times He's first
-# weights or 5 to 10 times PyTorch's, it is 900 to 4e9, the norm 1500 to 1e10.  Of the 20, some come
-# there too: VGG-19 when AdamW's first step ruins it, a ViT whose loss SGD drives to 15, and
-# Inception-v4 on 4 pictures of 32 pixels.
-VANISHING, STEPS, EXPLODING, ALONG = 1e-5, 100, 1000, 100
-REMEDIES = {
-    "infinite": "lower --lr, or give --clip",
-    "exploding": "lower --lr, or give --clip or --warmup",
-    "vanishing": "batch norm, residual connections, or ReLU in place of sigmoid may help",
-}
+# At most so many layers with histograms of each kind; values in a histogram, and its columns.
+LAYERS, VALUES, BINS = 30, 10_000, 64
+# At most so many layers with feature maps; maps of each, and their side in pixels, about.
+MAP_LAYERS, MAPS, SIDE = 6, 16, 64
+# For diagnose(); measured in 20 networks over the first steps with SGD at lr 0.1, AdamW or Muon.
+# The first layer has at least 2e-4 of the last one's gradient, but none in step 0 if the last
+# matrix starts at zero; six layers with sigmoid have 2e-5, and twelve 5e-10.  The change of the
+# loss is at most 63, and 0.01 where the norm is above 1000: that is fastnet on digits, 18,000,
+# whose batch norm divides by nearly nothing.  In ReLU networks of 6 to 20 layers, with 3 times He's
+# first weights or 5 to 10 times PyTorch's, it is 900 to 4e9, the norm 1500 to 1e10.  Some of the 20
+# get there too: VGG-19 when AdamW's first step ruins it, a ViT whose loss SGD drives to 15, and
+# Inception-v4 on 4 images of 32 pixels.
+VANISHING, EXPLODING, LOSS_CHANGE = 1e-5, 1000, 100
+VANISHING_STEPS = 100  # that gradients must have been vanishing before a warning
 
 
 class Watch:
     """Logs what goes on inside a network, and changes no bit of its training.
 
-    network: without wrappers, on its device.  images float [B, C, H, W], B up to 32: as it is fed
-    them, and there too; feature maps are the first one's.  share: of the time of training that
-    looking may take, but for a first look.  say: is given warnings, a line each.  scaler: the
-    GradScaler of fp16, whose multiple the gradients are.  Nothing waits for another process.
+    network: without wrappers, on its device.  board: a TensorBoard.  images: float [B, C, H, W], B
+    up to 32, as the network is fed them, on its device; feature maps are the first one's.
+    remedies: the advice in a warning, for gradients that are infinite, exploding and vanishing.
+    share: of the training time that this may take, not counting the first time.  say: is given
+    warnings, a line each.  scaler: fp16's GradScaler, by whose scale gradients are multiplied.
+    Nothing here waits for another process.
     """
 
-    def __init__(self, network, curves, images: Tensor, share=0.04, say=print, scaler=None):
-        self.network, self.curves, self.images = network, curves, images
-        self.share, self.say, self.scaler = share, say, scaler
-        self.due = {self._gradients: 0.0, self._inside: 0.0}  # in seconds of training
-        self.said, self.arrived, self.has_graph = set(), None, False
+    def __init__(
+        self,
+        network: nn.Module,
+        board,
+        images: Tensor,
+        remedies: dict[str, str],
+        share: float = 0.04,
+        say: Callable[[str], None] = print,
+        scaler=None,
+    ):
+        self.network, self.board, self.images = network, board, images
+        self.remedies, self.share, self.say, self.scaler = remedies, share, say, scaler
+        self.due = {self._gradients: 0.0, self._inside: 0.0}  # when next, in seconds of training
+        self.warned = set()  # of (kind, layer), and of what cannot be shown
+        self.healthy = None  # the last step, of those watched, without vanishing gradients
+        self.has_graph = False
 
     def gradients(self, step: int, seconds: float) -> None:
-        """The norm of each layer's gradient, and judge()'s warnings, one for each layer and kind.
+        """The norm of each layer's gradient, and diagnose()'s warnings, once a layer and kind.
 
-        For after the backward pass of each step, before gradients are clipped and applied.
-        seconds: of training so far, looks counted in.  What is frozen or has no gradient is left
-        out.
+        Call it after the backward pass of each step, before gradients are clipped and applied.
+        seconds: of training so far, including the time spent here.  What is frozen or has no
+        gradient is left out.
         """
-        self._look(self._gradients, step, seconds)
+        self._do_if_due(self._gradients, step, seconds)
 
     def inside(self, step: int, seconds: float) -> None:
-        """Histograms and feature maps, and the first time the graph.  For the end of each epoch.
+        """Histograms and feature maps, and the first time the graph.  Call it after each epoch.
 
-        A copy of the network computes them, which evaluates in the precision of its parameters.
+        A copy of the network computes them, in evaluation mode and its parameters' precision.
         """
-        self._look(self._inside, step, seconds)
+        self._do_if_due(self._inside, step, seconds)
 
-    def _look(self, work, step: int, seconds: float) -> None:
-        """Work, and then pause until it took half of `share`, as there are two kinds of work."""
-        if seconds >= self.due[work]:
-            began = device_time(self.images.device)
-            work(step)
-            cost = device_time(self.images.device) - began
-            # A curve of more than some thousand points shows no more, and its file grows.
-            self.due[work] = seconds + max(2 * cost / self.share, seconds / 1000)
+    def _do_if_due(self, work, step: int, seconds: float) -> None:
+        """Do the work, unless it would take more than half of share; there are two kinds of it."""
+        if seconds < self.due[work]:
+            return
+        began = device_time(self.images.device)
+        work(step)
+        cost = device_time(self.images.device) - began
+        # A curve of more than some thousand points shows no more, and its file grows.
+        self.due[work] = seconds + max(2 * cost / self.share, seconds / 1000)
 
     def _gradients(self, step: int) -> None:
-        layers = {}
-        for name, layer in _layers(self.network).items():
-            own = layer.parameters(recurse=False)
-            if own := [p for p in own if p.requires_grad and p.grad is not None]:
-                layers[name] = own
-        if not layers:
+        parameters = _parameters_with_gradients(self.network)
+        if not parameters:
             return
-        every = [p.grad for own in layers.values() for p in own]
-        norms = torch.stack(torch._foreach_norm(every, 2, torch.float32))
-        norms = iter(norms.tolist())  # the one time that the device is waited for
         scale = self.scaler.get_scale() if self.scaler else 1.0
-        norm, rms = {}, {}
-        for name, own in layers.items():
-            norm[name] = math.hypot(*(next(norms) for _ in own)) / scale
-            rms[name] = norm[name] / math.sqrt(sum(p.numel() for p in own))
-            self.curves.add("scalar", f"gradient_norm/{name}", norm[name], step)
+        norm, rms = _gradient_sizes(parameters, scale)
+        for name, value in norm.items():
+            self.board.add("scalar", f"gradient_norm/{name}", value, step)
 
-        def along(name: str) -> float:
-            return abs(sum((p.detach() * p.grad).sum().item() for p in layers[name])) / scale
+        def loss_change(name: str) -> float:
+            return abs(sum((p.detach() * p.grad).sum().item() for p in parameters[name])) / scale
 
-        found = judge(norm, rms, along)
-        if self.arrived is None or not found["vanishing"]:
-            self.arrived = step
-        if step < self.arrived + STEPS:
+        self._warn(diagnose(norm, rms, loss_change), norm, step)
+
+    def _warn(self, found: dict[str, list[str]], norm: dict[str, float], step: int) -> None:
+        """Say what diagnose() found, once a kind and layer, and vanishing ones when that lasts."""
+        if self.healthy is None or not found["vanishing"]:
+            self.healthy = step
+        if step < self.healthy + VANISHING_STEPS:
             found["vanishing"] = []
-        if self.scaler:  # leaves such a step out by itself
+        if self.scaler:  # skips a step with infinite gradients by itself
             found["infinite"] = []
         for kind, names in found.items():
-            if names and (kind, names[0]) not in self.said:
-                self.said.add((kind, names[0]))
+            if names and (kind, names[0]) not in self.warned:
+                self.warned.add((kind, names[0]))
                 more = f" and {len(names) - 1} more" if names[1:] else ""
                 line = f"{kind} gradient: {names[0]}{more} at step {step}"
-                self.say(f"{line}, norm {norm[names[0]]:.2g}: {REMEDIES[kind]}")
+                self.say(f"{line}, norm {norm[names[0]]:.2g}: {self.remedies[kind]}")
 
     @torch.no_grad()
     def _inside(self, step: int) -> None:
         values, maps = {}, {}  # by tag, of any shape; by layer, [maps, h, w]
-        with self._survive("look inside"):
+        with self._survive("activations"):
             network = self._copy()
             _attach(network, values, maps)
             network(self.images)
-        values |= {f"feature_maps/{name}": maps[name] for name in _spread(maps, PICTURES)}
+        for name in _pick(maps, MAP_LAYERS):
+            values[f"feature_maps/{name}"] = maps[name]
         if values:
-            parts = [part.flatten().float() for part in values.values()]
-            # The one time that the device is waited for.
-            parts = torch.cat(parts).cpu().split([len(part) for part in parts])
-            for tag, part in zip(values, parts, strict=True):
-                if tag.startswith("feature_maps/"):
-                    self.curves.add("image", tag, _grid(part.view(values[tag].shape)), step)
-                elif len(part := part[part.isfinite()]):
-                    self.curves.add("histogram", tag, part, step, BINS)
+            self._add_values(values, step)
         if not self.has_graph:
             self.has_graph = True
             with self._survive("graph"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # TensorBoard needs tracing, which is deprecated
                 with contextlib.redirect_stdout(io.StringIO()):  # where failures are printed too
-                    self.curves.add("graph", self._copy().cpu(), self.images[:1].cpu())
-        self.curves.flush(step)  # writing takes time too
+                    self.board.add("graph", self._copy().cpu(), self.images[:1].cpu())
+        self.board.flush(step)  # writing takes time too
+
+    def _add_values(self, values: dict[str, Tensor], step: int) -> None:
+        """Feature maps as images, the others as histograms of what is finite in them."""
+        parts = [part.flatten().float() for part in values.values()]
+        # One transfer for all of them: this is where the CPU waits for the device.
+        parts = torch.cat(parts).cpu().split([len(part) for part in parts])
+        for tag, part in zip(values, parts, strict=True):
+            if tag.startswith("feature_maps/"):
+                self.board.add("image", tag, _grid(part.view(values[tag].shape)), step)
+            elif len(part := part[part.isfinite()]):
+                self.board.add("histogram", tag, part, step, BINS)
 
     def _copy(self) -> nn.Module:
-        """The network's twin, which evaluates: what is done to it does not touch the training."""
+        """A copy of the network in evaluation mode: hooks on it do not touch the training."""
         network = copy.deepcopy(self.network).eval()  # leaves out what was compiled
         network.__dict__.pop("forward", None)  # Accelerate's, with autocast
         return network
 
     @contextlib.contextmanager
     def _survive(self, what: str):
-        """Say once what an unusual network does not allow, and go on with the old random state."""
+        """Report once what an unusual network does not allow, and restore the random state."""
         try:
             with torch.random.fork_rng([self.images.device] if self.images.is_cuda else []):
                 yield
         except Exception as error:
-            if what not in self.said:
+            if what not in self.warned:
                 reason = str(error).strip().partition("\n")[0]
-                self.say(f"no {what} of this network: {type(error).__name__}: {reason}")
-            self.said.add(what)
+                self.say(f"TensorBoard gets no {what}: {type(error).__name__}: {reason}")
+            self.warned.add(what)
 
 
-def judge(norm: dict[str, float], rms: dict[str, float], along) -> dict[str, list[str]]:
-    """What is wrong with gradients: the layers, the worst first, by kind.
+def diagnose(
+    norm: dict[str, float], rms: dict[str, float], loss_change: Callable[[str], float]
+) -> dict[str, list[str]]:
+    """What is wrong with the gradients: {kind: layers}, the worst layer first.
 
-    Given the norm and the root mean square of each layer's gradient, in the layers' order, and a
-    function that says how much the loss would change, to first order, were a layer's weights zero.
+    norm, rms: of each layer's gradient, in the layers' order; rms is the root mean square.
+    loss_change: by how much the loss would change, to first order, if a layer's weights were zero.
 
-    infinite    or not a number; then nothing else is judged
+    infinite    or not a number; then nothing else is checked
     exploding   the norm is above 1000, and the loss would change by more than 100; batch norm makes
                 gradients as large across the weights, which does no harm
     vanishing   the root mean square, and those of all layers before, are at most 1e-5 of the last
-                layer's; said when it was so for 100 steps
+                layer's
     """
     # What is infinite spreads from the last layer to the first.
     found = {"infinite": [name for name in norm if not math.isfinite(norm[name])][::-1]}
     found |= {"exploding": [], "vanishing": []}
     if not found["infinite"]:
         large = sorted((name for name in norm if norm[name] > EXPLODING), key=norm.get)
-        found["exploding"] = [name for name in large[::-1] if along(name) > ALONG]
-        # Not every layer on its own: those in a residual block that begins as nothing have no
+        found["exploding"] = [name for name in large[::-1] if loss_change(name) > LOSS_CHANGE]
+        # Not every layer on its own: those in a residual block that starts as zero have no
         # gradient at first, and those before it learn.
         if small := VANISHING * list(rms.values())[-1]:
             found["vanishing"] = list(itertools.takewhile(lambda name: rms[name] <= small, rms))
     return found
+
+
+def _parameters_with_gradients(network: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """By layer: the parameters that are not frozen and have a gradient."""
+    found = {}
+    for name, layer in _layers(network).items():
+        own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
+        if own := [p for p in own if p.grad is not None]:
+            found[name] = own
+    return found
+
+
+def _gradient_sizes(parameters: dict[str, list], scale: float) -> tuple[dict, dict]:
+    """Norm and root mean square of each layer's gradient, both {layer: value}.
+
+    scale: that all gradients were multiplied by.
+    """
+    gradients = [p.grad for own in parameters.values() for p in own]
+    norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float32))
+    norms = iter(norms.tolist())  # one transfer: this is where the CPU waits for the device
+    norm, rms = {}, {}
+    for name, own in parameters.items():
+        norm[name] = math.hypot(*(next(norms) for _ in own)) / scale
+        rms[name] = norm[name] / math.sqrt(sum(p.numel() for p in own))
+    return norm, rms
 
 
 def _layers(network: nn.Module, functions: bool = False) -> dict[str, nn.Module]:
@@ -196,12 +236,12 @@ def _layers(network: nn.Module, functions: bool = False) -> dict[str, nn.Module]
 
 
 def _attach(network: nn.Module, values: dict, maps: dict) -> None:
-    """Have values and maps filled: with weights at once, with outputs when the network runs."""
+    """Fill values with the weights now, and values and maps with outputs when the network runs."""
     for name, layer in _layers(network).items():
         weight = max(layer.parameters(recurse=False), key=Tensor.numel)
         if weight.dim() > 1:
             values[f"weights/{name}"] = _few(weight)
-    for tag in set(values) - set(_spread(values, LAYERS)):
+    for tag in set(values) - set(_pick(values, LAYERS)):
         del values[tag]
 
     def note(layer, inputs, output, tag):
@@ -215,30 +255,31 @@ def _attach(network: nn.Module, values: dict, maps: dict) -> None:
             maps[name] = F.avg_pool2d(few, smaller, ceil_mode=True)[0]
 
     layers = _layers(network, functions=True)
-    for name in _spread(layers, LAYERS):
+    for name in _pick(layers, LAYERS):
         layers[name].register_forward_hook(partial(note, tag=f"activations/{name}"))
     for name, layer in layers.items():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(partial(note_maps, name=name))
 
 
-def _spread(names, most: int) -> list[str]:
-    """At most so many of the names, evenly spaced, the first and the last among them."""
-    names, count = list(names), min(most, len(names))
-    return [names[i * (len(names) - 1) // max(1, count - 1)] for i in range(count)]
+def _pick(names, most: int) -> list[str]:
+    """At most so many of the names, evenly spaced, the first and the last included."""
+    names = list(names)
+    return [names[i] for i in evenly_spaced(len(names), most)]
 
 
 def _few(values: Tensor) -> Tensor:
     """A copy of at most VALUES evenly spaced values of any tensor, [N]."""
     count = min(VALUES, values.numel())
+    # In integers: evenly_spaced() computes in float32, which ends at 16 million values.
     places = torch.arange(count, device=values.device) * (values.numel() - 1) // max(1, count - 1)
     return values.take(places)
 
 
 def _grid(maps: Tensor) -> Tensor:
-    """Float [N, h, w] side by side, each from black to white, as uint8 [1, H, W]; gaps are white.
+    """Maps, float [N, h, w], side by side as uint8 [1, H, W], each from black to white.
 
-    Small ones are enlarged, each pixel to a square.  A map of one value is black.
+    Gaps are white.  Small maps are enlarged, each pixel to a square.  A map of one value is black.
     """
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     maps = ((maps - low) / (high - low).clamp_min(1e-30)).nan_to_num(0, 0, 0)

@@ -276,7 +276,7 @@ HUB = """
 import json, sys, time, torch
 from lenslet.errors import OutsideError
 from lenslet.training import pretrained
-pretrained.PATIENCE, said = 0.5, {}
+pretrained.PATIENCE, errors = 0.5, {}
 torch.manual_seed(0)
 for _ in range(2):
     tensors, header = pretrained.read_weights("timm", "test_resnet.r160_in1k")
@@ -286,8 +286,8 @@ for name in ("test_vit", "test_vit2", "test_efficientnet"):
     try:
         pretrained.read_weights("timm", name)
     except OutsideError as error:
-        said[name] = [str(error), error.status, time.monotonic() - started]
-print(json.dumps(said))
+        errors[name] = [str(error), error.status, time.monotonic() - started]
+print(json.dumps(errors))
 """
 
 
@@ -316,10 +316,10 @@ def test_hub(serve, tmp_path):
     assert "/xet" not in server.asked  # whose servers may not be reachable where the hub is
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(1))  # the generator is as it was
-    said = json.loads(done.stdout)
+    lines = json.loads(done.stdout)
     why = {"test_vit": "no answer in 0.5 s", "test_vit2": "disconnected", "test_efficientnet": ""}
     for name, reason in why.items():
-        line, status, seconds = said[name]
+        line, status, seconds = lines[name]
         assert f"{server.url}/timm/{name}" in line and reason in line and "\n" not in line
         assert status == 1 and seconds < 2.5
 
@@ -345,7 +345,7 @@ PREFIXES = "module. model. _orig_mod. module.model. backbone. pretrain_ state/mo
 
 @pytest.mark.parametrize("prefix", ["", *PREFIXES])
 def test_prefixes(prefix):
-    """Whatever stands before all names is taken off, and said."""
+    """Whatever stands before all names is removed, with a note."""
     network, state = tiny(), trained().state_dict()
     named = {prefix + name: value for name, value in state.items()}
     first, *_ = pretrained.fit(network, named, ["fc"], True)
@@ -390,7 +390,7 @@ def test_prefix_ends_with_a_name():
 
 
 def test_head_stays_new():
-    """Without keep_head the last layer stays new even where its shape agrees; it is said."""
+    """Without keep_head the last layer stays new even where its shape agrees, with a note."""
     network, state = tiny(), trained().state_dict()
     before = copy.deepcopy(network.state_dict())
     lines = pretrained.fit(network, state, ["fc"], False)
