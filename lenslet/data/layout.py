@@ -76,18 +76,16 @@ def _check_classes(root: Path, splits: dict[str, dict[str, list[Path]]]) -> None
     for name, images in classes.items():
         if not images:
             raise UserError(f"class {name} has no images; {expected}")
-    like_splits = [name for name in classes if re.search("train|test|val", name, re.IGNORECASE)]
-    if len(like_splits) == len(classes) and any(d.is_dir() for d in root.glob("*/*")):
-        raise UserError(
-            f"{' and '.join(like_splits)} look like splits: name them train, val and test"
-        )
-    for split, inside in splits.items():
-        for name in inside:
-            if name not in classes:
-                raise UserError(
-                    f"{split}/{name} is a class that train/ does not have"
-                    f"{nearest(name, classes)}; rename or remove it"
-                )
+    like_splits = all(re.search("train|test|val", name, re.IGNORECASE) for name in classes)
+    if like_splits and any(folder.is_dir() for folder in root.glob("*/*")):
+        names = " and ".join(classes)
+        raise UserError(f"{names} look like splits: name them train, val and test")
+    for split, name in ((split, name) for split, inside in splits.items() for name in inside):
+        if name not in classes:
+            raise UserError(
+                f"{split}/{name} is a class that train/ does not have{nearest(name, classes)}; "
+                "rename or remove it"
+            )
 
 
 def _divide(root: Path, classes: dict[str, list[Path]]) -> dict[str, dict[str, list[Path]]]:
@@ -114,13 +112,8 @@ def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
     paths = []
     for top, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        parent = Path(top)
-        paths += [parent / name for name in names if not name.startswith(".")]
-    images, others = [], []
-    for path in sorted(paths):
-        if path.is_file():
-            if path.suffix.lower() in EXTENSIONS:
-                images.append(path)
-            else:
-                others.append(path.suffix or path.name)
+        paths += [Path(top, name) for name in names if not name.startswith(".")]
+    files = [path for path in sorted(paths) if path.is_file()]
+    images = [path for path in files if path.suffix.lower() in EXTENSIONS]
+    others = [path.suffix or path.name for path in files if path.suffix.lower() not in EXTENSIONS]
     return images, others

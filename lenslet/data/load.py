@@ -112,14 +112,14 @@ def load(
 
     images = [inspection.images[file] for part in rows.values() for file, _ in part]
     channels, image_size, crop = _choose_reading(images, like, photo_size, crop)
-    splits = {}
+    data = Data(name, classes, channels, image_size, crop, {}, "", notes)
     for split, part in rows.items():
         names = [file.relative_to(root).as_posix() for file, _ in part]
-        splits[split] = Split([file for file, _ in part], _labels(part), names)
-    sha256 = _digest(splits)
+        data.splits[split] = Split([file for file, _ in part], _labels(part), names)
+    data.sha256 = _digest(data.splits)
     if max(image.side for image in images) <= SMALL and max(image_size) <= SMALL:
-        _keep_in_memory(splits, files, inspection, channels, image_size, crop)
-    return Data(name, classes, channels, image_size, crop, splits, sha256, notes)
+        _keep_in_memory(data, files, inspection)
+    return data
 
 
 def _labels(rows: list[tuple[Path, int]]) -> Tensor:
@@ -129,14 +129,13 @@ def _labels(rows: list[tuple[Path, int]]) -> Tensor:
 def _assign(listing: Listing, classes: list[str], val: float, fold: str | None) -> Rows:
     """The images of each split, with a part of train as val where that is wanted."""
     label_of = {name: label for label, name in enumerate(classes)}
+    if unknown := [name for name in listing.splits["train"] if name not in label_of]:
+        raise UserError(
+            f"class {unknown[0]} is not among the {len(classes)} that the weights were trained on "
+            f"({', '.join(classes[:3])}, …)"
+        )
     rows = {"train": [], "val": []}
     for split, inside in listing.splits.items():
-        for name in inside:
-            if name not in label_of:
-                raise UserError(
-                    f"class {name} is not among the {len(classes)} that the weights were trained "
-                    f"on ({', '.join(classes[:3])}, …)"
-                )
         rows[split] = [(file, label_of[name]) for name, files in inside.items() for file in files]
     if fold and listing.divided and rows["val"]:
         raise UserError("it has a val/ of its own, so no fold of train/ can be kept for validation")
@@ -166,17 +165,14 @@ def _readable(rows: Rows, wanted: list[str], inspection: Inspection, classes: li
     """The wanted splits without their broken images; one that is empty is missing."""
     rows = {s: [row for row in rows.get(s, []) if row[0] in inspection.images] for s in wanted}
     if "train" in rows:
-        labels = {label for _, label in rows["train"]}
-        for label, name in enumerate(classes):
-            if label not in labels:
-                raise UserError(f"class {name} has no readable training images left")
+        missing = set(range(len(classes))) - {label for _, label in rows["train"]}
+        if missing:
+            raise UserError(f"class {classes[min(missing)]} has no readable training images left")
     return {split: part for split, part in rows.items() if part}
 
 
-def _choose_reading(
-    images: list[Inspected], like: dict | None, photo_size: int, crop: float
-) -> tuple[int, tuple[int, int], float]:
-    """Channels, (height, width) and crop that all images are read with."""
+def _choose_reading(images: list[Inspected], like: dict | None, photo_size: int, crop: float):
+    """The channels, (height, width) and crop that all images are read with."""
     if like:
         return like["channels"], tuple(like["image_size"]), like["crop"]
     channels = 1 if all(image.grey for image in images) else 3
@@ -186,33 +182,28 @@ def _choose_reading(
     return channels, max(common, key=lambda size: (common[size], size)), 1.0
 
 
-def _keep_in_memory(
-    splits: dict[str, Split],
-    files: list[Path],
-    inspection: Inspection,
-    channels: int,
-    image_size: tuple[int, int],
-    crop: float,
-) -> None:
-    """Replace the splits' files by the pixels of their small images, in one array for all."""
-    used = [file for split in splits.values() for file in split.images]
-    array = inspection.array  # of all the inspected files: no copy where it serves as it is
-    fits = array is not None and array.shape[2:] == image_size
-    if fits and array.shape[1] != channels:  # three equal channels can be one, colours cannot
-        fits = channels == 1 and all(inspection.images[file].grey for file in used)
+def _keep_in_memory(data: Data, files: list[Path], inspection: Inspection) -> None:
+    """Replace the splits' files by the pixels of their small images, in one array for all.
+
+    files: those that were inspected, in the order of inspection.array.
+    """
+    used = [file for split in data.splits.values() for file in split.images]
+    array = inspection.array  # serves as it is where it can: no copy
+    fits = array is not None and array.shape[2:] == data.image_size
+    if fits and array.shape[1] != data.channels:  # three equal channels can be one, colours cannot
+        fits = data.channels == 1 and all(inspection.images[file].grey for file in used)
     if not fits:
-        files, images = used, []
-        for file in files:
-            pixels = inspection.images[file].pixels
-            if pixels.shape[:2] != image_size or pixels.shape[2] > channels:
-                pixels = read_image(file, channels, image_size, crop)
-            images.append(np.broadcast_to(pixels, (*image_size, channels)).transpose(2, 0, 1))
-        array = np.stack(images)
-    stacked = torch.from_numpy(array[:, :channels])
+        files, shape = used, (*data.image_size, data.channels)
+        images = [inspection.images[file].pixels for file in files]
+        for i, (file, pixels) in enumerate(zip(files, images, strict=True)):
+            if pixels.shape[:2] != data.image_size or pixels.shape[2] > data.channels:
+                images[i] = read_image(file, data.channels, data.image_size, data.crop)
+        array = np.stack([np.broadcast_to(pixels, shape).transpose(2, 0, 1) for pixels in images])
+    stacked = torch.from_numpy(array[:, : data.channels])
     place = {file: i for i, file in enumerate(files)}
-    for name, split in splits.items():
-        rows = torch.tensor([place[file] for file in split.images])
-        splits[name] = Split(stacked, split.labels, split.names, rows)
+    for split in data.splits.values():
+        split.rows = torch.tensor([place[file] for file in split.images])
+        split.images = stacked
 
 
 def _digest(splits: dict[str, Split]) -> str:
@@ -247,23 +238,21 @@ def _load_set(name, wanted, val, fold, limit, like) -> Data:
                 names = [str(i) for i in part.tolist()]
                 splits[split] = Split(images, labels[part], names, part)
     classes = json.loads(header["classes"])
-    channels, *image_size = images.shape[1:]
+    shape = list(images.shape[1:])
     if like:
-        _check_like(like, classes, [channels, *image_size])
+        _check_like(like, classes, shape)
     sha256 = hashlib.sha256(header["source_sha256"].encode()).hexdigest()
-    return Data(name, classes, channels, tuple(image_size), 1.0, splits, sha256)
+    return Data(name, classes, shape[0], tuple(shape[1:]), 1.0, splits, sha256)
 
 
 def _check_like(like: dict, classes: list[str], shape: list[int]) -> None:
     """Errors: UserError where the weights were trained on other classes, or on other shapes."""
-    if like["classes"] != classes:
+    known, trained = like["classes"], [like["channels"], *like["image_size"]]
+    if known != classes:
         raise UserError(
             f"it has {len(classes)} classes ({classes[0]}, …), but the weights were trained on "
-            f"{len(like['classes'])} ({like['classes'][0]}, …): give data with those classes"
+            f"{len(known)} ({known[0]}, …): give data with those classes"
         )
-    trained = [like["channels"], *like["image_size"]]
     if shape != trained:
-        raise UserError(
-            f"its images are {'x'.join(map(str, shape))}, but the weights were trained on "
-            f"{'x'.join(map(str, trained))}"
-        )
+        images, expected = ("x".join(map(str, sides)) for sides in (shape, trained))
+        raise UserError(f"its images are {images}, but the weights were trained on {expected}")
