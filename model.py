@@ -193,7 +193,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Prepare, dict]:
             model.load_state_dict(tensors)
             prepare = Prepare(header["mean"], header["std"], model.input_size)
         except (RuntimeError, TypeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200]  # load_state_dict()'s has many lines
             raise UserError(f"the weights do not fit their header ({reason})") from error
     # Convolutions on a CPU are faster with channels last, and prepare() returns images so.
     return model.eval().to(memory_format=torch.channels_last), prepare, header
@@ -205,11 +205,9 @@ def network_defaults(name: str) -> dict:
     image_size     side in pixels; 32 for our own networks
     mean, std      three floats each, 0..1 scale
     crop           share of the resized image's side that the centre crop keeps, 0..1
-
-    timm's networks have a configuration of their own; the others get what is usual on ImageNet.
     """
     library = _library(name)
-    defaults = {
+    defaults = {  # what is usual on ImageNet; timm's networks have a configuration of their own
         "image_size": 32 if library == "own" else 224,
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
@@ -293,7 +291,7 @@ def _construct(name: str, classes: int, channels: int, **arguments) -> nn.Module
     if name in ("googlenet", "inception_v3"):  # without auxiliary outputs, and without the warning
         extra = {"aux_logits": False, "init_weights": True}
     network = torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
-    # torchvision has no argument for the channels: its first convolution is made anew.
+    # torchvision takes no number of channels: its first convolution is changed.
     first = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
     if channels != first.in_channels:
         first.in_channels = channels
@@ -304,10 +302,9 @@ def _construct(name: str, classes: int, channels: int, **arguments) -> nn.Module
 
 
 def find_models(patterns: list[str]) -> list[str]:
-    """The names of all networks that match a shell pattern, sorted.
+    """The networks whose names match a shell pattern, sorted; torchvision/ may be left out.
 
-    torchvision's match with and without torchvision/ in front.  Errors: UserError for a pattern
-    that matches nothing.
+    Errors: UserError for a pattern that matches nothing.
     """
     import timm
 
@@ -342,8 +339,10 @@ def main(argv=None) -> None:
             side = network_defaults(name)["image_size"]
             print(f"{name:44}{count:>14} parameters   {side:>3}×{side}")
         else:
-            logits = create_model(name, classes=10)(torch.zeros(1, 3, 32, 32))
-            print(f"{name:14}{count:>12} parameters   [1, 3, 32, 32] -> {list(logits.shape)}")
+            network = create_model(name, classes=10)
+            images = torch.zeros(1, 3, *network.input_size)
+            shapes = f"{list(images.shape)} -> {list(network(images).shape)}"
+            print(f"{name:14}{count:>12} parameters   {shapes}")
 
 
 if __name__ == "__main__":
