@@ -1,26 +1,25 @@
 """Options mean the same from a file and from the command line, and mistakes end in one line."""
 
 import argparse
-import subprocess
-import sys
 
 import pytest
 import test as test_script
 
-from lenslet import cli, errors, files
-from lenslet.cli import number, parse, steps_or_time
-from lenslet.errors import OutsideError, UserError
+from lenslet import cli, files
+from lenslet.cli import number, steps_or_time
+from lenslet.errors import UserError
 from lenslet.training import options
+
+PARSER = options.build_parser()  # that with the most options, and all kinds of them
 
 
 @pytest.fixture
 def config(tmp_path):
-    """Writes a YAML file and parses it as train.py's --config, with words after it."""
+    """Reads a YAML file with PARSER: all options, with the words of a command line over it."""
 
-    def read(text, *words, recipe=None):
-        path = tmp_path / "a.yaml"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return parse(options.build_parser(), ["--config", path, *words], recipe)
+    def read(text, *words):
+        read.path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return cli.layered(PARSER, cli.read_config(PARSER, read.path), cli.explicit(PARSER, words))
 
     read.path = tmp_path / "a.yaml"
     return read
@@ -40,7 +39,7 @@ def test_config_values(config):
     assert (args.lr, args.batch_size, args.model) == (0.001, 32, "lenet")
     assert args.mean == [0.1, 0.2, 0.3]
     assert args.std == [0.5]
-    assert config("").epochs == options.build_parser().get_default("epochs")
+    assert config("").epochs == PARSER.get_default("epochs")
 
 
 @pytest.mark.parametrize("yes", ["true", "yes", "True", "TRUE"])
@@ -56,7 +55,7 @@ def test_config_booleans(config, yes, no):
 def test_config_null(config, null):
     """Null leaves an option at its default."""
     args = config(f"lr: {null}\nmodel: {null}\nskip-broken: {null}\n")
-    assert args.lr == options.build_parser().get_default("lr")
+    assert args.lr == PARSER.get_default("lr")
     assert args.model is None
     assert args.skip_broken is False
 
@@ -73,7 +72,8 @@ def test_config_no_is_a_word(config):
         ("learning: ", ["--learning"]),
         ("lr: fast", ["--lr", "fast"]),
         ("epochs: 0", ["--epochs", "at least 1"]),
-        ("optimizer: sdg", ["--optimizer", "sdg"]),
+        ("augment: lihgt", ["--augment", "lihgt"]),
+        ("config: digits", ["config", "another"]),
         ("skip-broken: maybe", ["--skip-broken", "maybe"]),
         ("skip-broken: [true]", []),
         ("skip-broken: {a: b}", ["skip-broken"]),
@@ -92,14 +92,40 @@ def test_config_mistakes(config, text, parts):
     refuse(lambda: config(text), str(config.path), *parts)
 
 
-def test_command_line_wins(config, tmp_path, monkeypatch):
-    """The command line is over --config, --config over the recipe, a recipe over the defaults."""
-    (tmp_path / "base.yaml").write_text("lr: 1\nepochs: 2\nseed: 3\nmean: [0, 0, 0]\n")
-    monkeypatch.setattr(files, "RECIPES", tmp_path)
-    args = config("lr: 4\nepochs: 5\nmean: 0.5", "--lr", "6", recipe="base")
-    assert (args.lr, args.epochs, args.seed, args.mean) == (6, 5, 3, [0.5])
-    assert args.batch_size == options.build_parser().get_default("batch_size")
-    refuse(lambda: config("epochs: 1", "--lr", "x"), "--lr")
+def test_renamed_options(config):
+    """Files keep the names that options had when they were written; the command line does not."""
+    for old, new in cli.RENAMED.items():
+        assert getattr(config(f"{old}: a.csv"), new.replace("-", "_")) == "a.csv"
+        refuse(lambda old=old: config("", f"--{old}", "a.csv"), f"--{old}")
+
+
+def test_the_origin_of_a_mistake(config):
+    """A file is named for a mistake in it, and not for a later one on the command line."""
+    refuse(lambda: config("lr: x"), str(config.path))
+    with pytest.raises(UserError) as caught:
+        config("epochs: 1", "--lr", "x")
+    assert "--lr" in str(caught.value) and str(config.path) not in str(caught.value)
+
+
+def test_layers(config):
+    """Each layer is over those before it, and all are over the defaults."""
+    given = cli.explicit(PARSER, ["--lr", "6", "--no-resume"])
+    assert given == {"lr": 6, "resume": False}
+    layers = {"lr": 1, "epochs": 2, "seed": 3}, {"lr": 4, "epochs": 5, "mean": [0.5]}, given
+    args = cli.layered(PARSER, *layers)
+    assert (args.lr, args.epochs, args.seed, args.mean, args.resume) == (6, 5, 3, [0.5], False)
+    assert args.batch_size == PARSER.get_default("batch_size")
+    assert vars(cli.layered(PARSER)) == vars(PARSER.parse_args([]))
+
+
+def test_a_default_that_is_given(config):
+    """An option that is given as its default is given: it is over a file that says otherwise."""
+    default = PARSER.get_default("lr")
+    assert cli.explicit(PARSER, ["--lr", str(default)]) == {"lr": default}
+    assert (
+        config("lr: 7\nskip-broken: true", "--lr", str(default), "--no-skip-broken").lr == default
+    )
+    assert cli.explicit(PARSER, []) == {}
 
 
 @pytest.mark.parametrize(
@@ -113,38 +139,40 @@ def test_command_line_wins(config, tmp_path, monkeypatch):
 )
 def test_saved_options(config, words):
     """The options that a run stores give the same options when they are read back."""
-    args = parse(options.build_parser(), words)
-    again = config(cli.as_yaml(cli.stored(args)))
-    assert vars(again) == {**vars(args), "config": str(config.path)}
+    args = cli.layered(PARSER, cli.explicit(PARSER, words))
+    assert vars(config(cli.as_yaml(cli.stored(args)))) == vars(args)
 
 
 RECIPES = sorted(path.stem for path in files.RECIPES.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes(recipe):
-    """Every recipe is a whole set of valid options of train.py."""
-    args = parse(options.build_parser(), ["--config", recipe])
-    assert args.model
-    assert parse(options.build_parser(), ["--config", f"{recipe}.yaml"]).lr == args.lr
+def test_find_config(recipe, tmp_path, monkeypatch):
+    """A recipe is found by its name, with or without .yaml, unless there is a file of that name."""
+    monkeypatch.chdir(tmp_path)
+    there = files.RECIPES / f"{recipe}.yaml"
+    assert cli.find_config(recipe) == cli.find_config(f"{recipe}.yaml") == there
+    (tmp_path / recipe).write_text("lr: 3\n")
+    assert cli.read_config(PARSER, recipe) == {"lr": 3}
 
 
 def test_unknown_recipe():
     """A recipe that does not exist is answered with those that do, the nearest first."""
-    call = lambda: parse(options.build_parser(), ["--config", "digit"])  # noqa: E731
-    refuse(call, "--config digit", "did you mean digits?", *RECIPES)
-    call = lambda: parse(options.build_parser(), ["--config", "some/where.yaml"])  # noqa: E731
-    refuse(call, "some/where.yaml")
+    refuse(lambda: cli.find_config("digit"), "--config digit", "did you mean digits?", *RECIPES)
+    refuse(lambda: cli.find_config("some/where.yaml"), "some/where.yaml")
+    refuse(lambda: cli.find_config("some/digits"), "some/digits")
 
 
+@pytest.mark.parametrize("read", [cli.parse, cli.explicit])
 @pytest.mark.parametrize("script", [options, test_script])
-def test_command_line_mistakes(script):
+def test_command_line_mistakes(script, read):
     """No option is guessed from its beginning; a misspelt one is answered with the nearest."""
-    refuse(lambda: parse(script.build_parser(), ["--batch", "4"]), "--batch", "--batch-size")
-    refuse(lambda: parse(script.build_parser(), ["--worker=4"]), "--worker ", "--workers")
-    refuse(lambda: parse(script.build_parser(), ["--batch-size", "0"]), "--batch-size")
-    refuse(lambda: parse(script.build_parser(), ["-b", "1.5"]), "'1.5' is not a whole number")
-    refuse(lambda: parse(script.build_parser(), ["stray"]), "stray")
+    parser = script.build_parser()
+    refuse(lambda: read(parser, ["--batch", "4"]), "--batch ", "did you mean --batch-size")
+    refuse(lambda: read(parser, ["--worker=4"]), "--worker ", "did you mean --workers")
+    refuse(lambda: read(parser, ["--batch-size", "0"]), "--batch-size")
+    refuse(lambda: read(parser, ["-b", "1.5"]), "'1.5' is not a whole number")
+    refuse(lambda: read(parser, ["stray"]), "stray")
 
 
 def test_number():
@@ -164,7 +192,7 @@ NO_TIMES = "|0|-1|1.5|s|m|h|0s|0.0h|-1s|-5m|inf s|infs|nan s|nanh|5d|5M|5 minute
 def test_duration(text, seconds):
     """A time is a number above zero and s, m or h."""
     assert cli.parse_duration(text) == seconds
-    assert steps_or_time(text) == text
+    assert steps_or_time(text) == seconds and isinstance(steps_or_time(text), float)
 
 
 @pytest.mark.parametrize("text", NO_TIMES.split("|"))
@@ -179,95 +207,43 @@ def test_no_duration(text):
 @pytest.mark.parametrize("text", ["1", "5", "500", "1000000"])
 def test_interval(text):
     """A number of steps is a whole number from 1 on; alone, without a unit, it is no time."""
-    assert steps_or_time(text) == text
-    with pytest.raises(argparse.ArgumentTypeError, match="no time like 90s, 5m or 2h"):
+    assert steps_or_time(text) == int(text) and isinstance(steps_or_time(text), int)
+    with pytest.raises(argparse.ArgumentTypeError, match="not a time like 90s, 5m or 2h"):
         cli.parse_duration(text)
 
 
-@pytest.mark.parametrize("text", ["5", "90s", "1.5h"])
-def test_save_every(config, text):
-    """--save-every is read alike from the command line, a file and the options of a run."""
-    args = parse(options.build_parser(), ["--save-every", text])
-    assert args.save_every == config(f"save-every: {text}").save_every == text
-    assert config(cli.as_yaml(cli.stored(args))).save_every == text
-    for wrong in ("0", "-1s", "5 minutes", "", "nanm"):
-        refuse(lambda wrong=wrong: config("", f"--save-every={wrong}"), "--save-every")
+@pytest.mark.parametrize(
+    ("convert", "values", "wrong"),
+    [
+        (
+            cli.fold,
+            {"2/5": (2, 5), "1/2": (1, 2), "5/5": (5, 5)},
+            "2 6/5 0/5 1/1 1/0 a/5 1.5/3",
+        ),
+        (cli.steps_or_percent, {"500": 500, "20%": 20, "0": 0, "100%": 100}, "20.5 -1 101% % x%"),
+        (cli.alpha, {"0": 0, "0.2": 0.2, "1": 1, "100": 100}, "-1 1e-300 101 nan inf x"),
+    ],
+)
+def test_other_types(convert, values, wrong):
+    """What such an option takes is a value; all else is refused."""
+    assert {text: convert(text) for text in values} == values
+    for text in wrong.split():
+        with pytest.raises(argparse.ArgumentTypeError):
+            convert(text)
+        with pytest.raises(argparse.ArgumentTypeError):
+            cli.as_written(convert)(text)
+    assert all(cli.as_written(convert)(text) == text for text in values)
 
 
 def test_stored():
     """What a run stores is what it is told by: not where that came from, nor what it resumes."""
-    words = ["--config", "digits", "--resume", "runs/a"]
-    stored = cli.stored(parse(options.build_parser(), words))
+    words = ["--config", "digits", "--resume", "runs/a", "--lr", "3"]
+    stored, plain = (
+        cli.stored(cli.layered(PARSER, cli.explicit(PARSER, words)))
+        for words in (words, ["--lr", "3"])
+    )
+    assert stored == plain and stored["lr"] == 3
     assert "config" not in stored and "resume" not in stored
-    assert stored == cli.stored(parse(options.build_parser(), ["--config", "digits"]))
-    assert cli.stored(parse(options.build_parser(), ["--no-resume"])) == cli.stored(
-        parse(options.build_parser(), [])
-    )
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "line"),
-    [
-        (UserError("a: wrong; mend it"), 2, "error: a: wrong; mend it\n"),
-        (OutsideError("no network"), 1, "error: no network\n"),
-        (OSError(28, "No space left", "runs/a"), 1, "error: runs/a: No space left\n"),
-        (OSError("no route"), 1, "error: no route\n"),
-        (KeyboardInterrupt(), 130, ""),
-    ],
-)
-def test_run(capsys, monkeypatch, error, status, line):
-    """Known failures become one line on standard error and their status."""
-    monkeypatch.delenv("RANK", raising=False)
-
-    def main(argv):
-        raise error
-
-    assert errors.run_main(main) == status
-    assert capsys.readouterr() == ("", line)
-
-
-def test_run_returns(capsys):
-    """A command's own status is passed on, none is 0; a bug of ours keeps its traceback."""
-    assert [errors.run_main(lambda argv, status=s: status) for s in (None, 0, 1)] == [0, 0, 1]
-    with pytest.raises(AssertionError):
-        errors.run_main(lambda argv: (_ for _ in ()).throw(AssertionError()))
-    assert capsys.readouterr() == ("", "")
-
-
-def test_run_on_several_processes(capsys, monkeypatch):
-    """A user's mistake is said once, by the first process; an outside failure by whoever met it."""
-
-    def fail(error):
-        def main(argv):
-            raise error
-
-        return errors.run_main(main)
-
-    monkeypatch.setenv("RANK", "1")
-    assert fail(UserError("mistake")) == 2
-    assert fail(OutsideError("failure")) == 1
-    assert capsys.readouterr().err == "error: failure\n"
-
-
-def test_closed_pipe(tmp_path):
-    """A reader that has seen enough ends a command without a word."""
-    (tmp_path / "chatty.py").write_text(
-        "import sys\nfrom lenslet import errors\n"
-        "def main(argv):\n"
-        "    for i in range(100_000):\n"
-        "        print(i)\n"
-        "sys.exit(errors.run_main(main))\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, tmp_path / "chatty.py"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={"PYTHONPATH": str(files.ROOT)},
-    )
-    assert process.stdout.readline() == b"0\n"
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait() == 1
 
 
 def test_command(monkeypatch):

@@ -1,0 +1,94 @@
+"""Every known failure is one line on standard error and an exit status; a bug stays a traceback."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lenslet import errors, files
+from lenslet.errors import OutsideError, UserError, error_context, nearest
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("a: wrong; mend it"), 2, "error: a: wrong; mend it\n"),
+        (OutsideError("no network"), 1, "error: no network\n"),
+        (OSError(28, "No space left", "runs/a"), 1, "error: runs/a: No space left\n"),
+        (OSError("no route"), 1, "error: no route\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_known_failures(capsys, monkeypatch, error, status, line):
+    """Known failures become one line on standard error and their status."""
+    monkeypatch.delenv("RANK", raising=False)
+
+    def main(argv):
+        raise error
+
+    assert errors.run_main(main) == status
+    assert capsys.readouterr() == ("", line)
+
+
+def test_statuses(capsys):
+    """A command's own status is passed on, none is 0; a bug of ours keeps its traceback."""
+    assert [errors.run_main(lambda argv, status=s: status) for s in (None, 0, 1)] == [0, 0, 1]
+    with pytest.raises(AssertionError):
+        errors.run_main(lambda argv: (_ for _ in ()).throw(AssertionError()))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_several_processes(capsys, monkeypatch):
+    """A user's mistake is said once, by the first process; an outside failure by whoever met it."""
+
+    def fail(error):
+        def main(argv):
+            raise error
+
+        return errors.run_main(main)
+
+    monkeypatch.setenv("RANK", "1")
+    assert fail(UserError("mistake")) == 2
+    assert fail(OutsideError("failure")) == 1
+    assert capsys.readouterr().err == "error: failure\n"
+
+
+def test_closed_pipe(tmp_path):
+    """A reader that has seen enough ends a command without a word."""
+    (tmp_path / "chatty.py").write_text(
+        "import sys\nfrom lenslet import errors\n"
+        "def main(argv):\n"
+        "    for i in range(100_000):\n"
+        "        print(i)\n"
+        "sys.exit(errors.run_main(main))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "chatty.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={"PYTHONPATH": str(files.ROOT)},
+    )
+    assert process.stdout.readline() == b"0\n"
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
+
+
+def test_error_context():
+    """The caller's words stand in front; the status stays, and other errors are as they were."""
+    for kind in (UserError, OutsideError):
+        with pytest.raises(kind, match=r"^--data a: line 3: b: wrong$") as caught:  # noqa: SIM117
+            with error_context("--data a"), error_context("line 3"):
+                raise kind("b: wrong")
+        assert type(caught.value) is kind
+    with pytest.raises(KeyError, match=r"^'c'$"), error_context("--data a"):
+        raise KeyError("c")
+
+
+def test_nearest():
+    """A word that is begun or misspelt has one near it; another has none."""
+    known = ["epochs", "epsilon", "batch-size"]
+    assert nearest("batch", known) == " (did you mean batch-size?)"
+    assert nearest("epoch", iter(known)) == " (did you mean epochs?)"
+    assert nearest("ephocs", known) == " (did you mean epochs?)"
+    assert nearest("xyz", known) == "" == nearest("a", [])
