@@ -37,7 +37,7 @@ def config(tmp_path):
 def run(tmp_path):
     """A run folder with options."""
     (tmp_path / "runs" / "a" / "checkpoint").mkdir(parents=True)
-    args = options.complete(LENET | {"lr": 1, "epochs": 2, "seed": 3}, "digits", None)
+    args = options.complete(LENET | {"lr": 1.0, "epochs": 2, "seed": 3}, "digits", None)
     (tmp_path / "runs" / "a" / "options.yaml").write_text(cli.as_yaml(cli.stored(args)))
     return tmp_path / "runs" / "a"
 
@@ -185,7 +185,7 @@ def test_find_run(tmp_path, monkeypatch):
 
 def test_differences(run):
     """What the weights depend on is told with both values; all else may differ."""
-    args = options.complete(LENET | {"lr": 1, "epochs": 2, "seed": 3}, "digits", None)
+    args = options.complete(LENET | {"lr": 1.0, "epochs": 2, "seed": 3}, "digits", None)
     assert options.differences(run, args) == ""
     for name in options.FREE:
         setattr(args, name, "other")
@@ -193,10 +193,26 @@ def test_differences(run):
     args.lr, args.batch_size = 0.5, 7
     changed = options.differences(run, args)
     assert changed == "--batch-size was 64, now 7, --lr was 1.0, now 0.5"
-    with open(run / "options.yaml", "a") as file:
-        file.write("momentun: 0.5\n")
+    file = run / "options.yaml"
+    text = file.read_text()
+    file.write_text(text.replace("lr: 1.0", "lr: 0.5").replace("batch-size: 64", "batch-size: 7"))
+    assert options.differences(run, args) == ""
+    file.write_text(text + "momentun: 0.5\n")
     assert options.differences(run, args) == "its options.yaml cannot be read"
-    (run / "options.yaml").write_text(cli.as_yaml(cli.stored(args)).replace("image-w", "picture-w"))
+    file.unlink()
+    assert options.differences(run, args) == "its options.yaml cannot be read"
+
+
+def test_runs_of_an_older_version_compare(run):
+    """A run that has an option by its older name is as good as another; one that it lacks has its
+    default.
+    """
+    args = options.complete(LENET | {"lr": 1.0, "epochs": 2, "seed": 3}, "digits", None)
+    args.image_weights = "a.csv"
+    file = run / "options.yaml"
+    text = cli.as_yaml(cli.stored(args)).replace("image-weights", "picture-weights")
+    file.write_text(text.replace("compile: false\n", ""))
+    assert "compile" not in file.read_text()
     assert options.differences(run, args) == ""
 
 
