@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -36,11 +37,11 @@ class Inputs:
     train_loader: DataLoader
     val_loader: DataLoader | None
     image_weights: Tensor  # float [N], of the training images in the loss
+    mean: list[float]  # of each channel, 0..1 scale
+    std: list[float]
     pretrained: dict[str, Tensor]  # {} without --pretrained
     pretrained_header: dict  # {} where train.py did not write them
     teacher: tuple | None  # as load_model() gives it
-    mean: list[float]  # of each channel, 0..1 scale
-    std: list[float]
     planned: dict | None  # header of the weights whose steps --plan repeats
     sha256: dict[str, str | None]  # of all these: a run does not go on with others
     notes: list[str] = field(default_factory=list)  # what pretrained weights fitted, a line each
@@ -99,7 +100,7 @@ def read_inputs(args, accelerator: Accelerator) -> Inputs:
     with error_context("--class-weights"):
         weights *= losses.class_weights(args.class_weights, counts)[train.labels]
     options.check_with_data(args, data, weights, teacher and teacher[2])
-    mean, std = choose_statistics(args, data, header)
+    statistics = choose_statistics(args, data, header)
     planned = _read_planned(args) if args.plan else None
     world = accelerator.num_processes
     if len(train) < 2 * world:
@@ -108,25 +109,13 @@ def read_inputs(args, accelerator: Accelerator) -> Inputs:
     shared = {"workers": start.decoding_workers(args.workers), "world": world}
     shared["rank"] = accelerator.process_index
     val_batch = evaluation_batch(args.batch_size, args.accumulate, world, train.in_memory)
-    return Inputs(
-        accelerator,
-        data,
-        data.loader("train", args.batch_size, seed=args.seed, augment=args.augment, **shared),
-        data.loader("val", val_batch, **shared) if "val" in data.splits else None,
-        weights,
-        tensors,
-        header,
-        teacher,
-        mean,
-        std,
-        planned,
-        {
-            "images": data.sha256,
-            "image weights": weights_sha256,
-            "teacher": teacher and teacher[2]["sha256"],
-            "pretrained weights": header.get("sha256"),
-        },
-    )
+    loader = data.loader("train", args.batch_size, seed=args.seed, augment=args.augment, **shared)
+    val_loader = data.loader("val", val_batch, **shared) if "val" in data.splits else None
+    sha256 = {"images": data.sha256, "image weights": weights_sha256}
+    sha256["teacher"] = teacher and teacher[2]["sha256"]
+    sha256["pretrained weights"] = header.get("sha256")
+    begin = tensors, header, teacher, planned
+    return Inputs(accelerator, data, loader, val_loader, weights, *statistics, *begin, sha256)
 
 
 def _load_data(args, accelerator: Accelerator) -> Data:
@@ -209,13 +198,10 @@ def create_net(args, inputs: Inputs, width: int | None = None) -> Net:
     with error_context("--freeze" if args.freeze else "--freeze-epochs"):
         freezer = Freezer(network, args.freeze or [], args.freeze_epochs, head)
     least = 2 * inputs.accelerator.num_processes
-    if args.batch_size < least and any(map(_is_batch_norm, network.modules())):
+    normalized = any(isinstance(layer, _BatchNorm) for layer in network.modules())
+    if normalized and args.batch_size < least:
         raise UserError(f"--batch-size: batch norm needs 2 images per process, so {least}")
     return Net(network, optimizer, freezer, prepare)
-
-
-def _is_batch_norm(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.modules.batchnorm._BatchNorm)
 
 
 def create_plan(args, inputs: Inputs, net: Net, saved: dict | None) -> tuple[Plan, Net]:
@@ -257,11 +243,12 @@ def create_plan(args, inputs: Inputs, net: Net, saved: dict | None) -> tuple[Pla
 
 def _read_planned(args) -> dict:
     """The header of the weights whose steps --plan repeats.  Errors: UserError."""
-    header = read_header(args.plan)
-    if not header.get("plan"):
-        raise UserError(f"--plan {args.plan}: written before plans were kept")
-    if header["model"] != args.model:
-        raise UserError(f"--plan {args.plan} is of {header['model']}, not of {args.model}")
+    with error_context(f"--plan {args.plan}"):
+        header = read_header(args.plan)
+        if not header.get("plan"):
+            raise UserError("written before plans were kept")
+        if header["model"] != args.model:
+            raise UserError(f"is of {header['model']}, not of {args.model}")
     return header
 
 
@@ -301,16 +288,11 @@ def create_watch(args, inputs: Inputs, net: Net, board):
         return None
     from lenslet.training.watch import Watch
 
-    first = range(min(32, len(inputs.data.splits["train"])))
-    images = inputs.data.batch("train", first).images.to(inputs.accelerator.device)
-    return Watch(
-        net.bare,
-        board,
-        net.prepare(images),
-        options.REMEDIES,
-        say=tqdm.write,
-        scaler=inputs.accelerator.scaler,
-    )
+    accelerator, count = inputs.accelerator, len(inputs.data.splits["train"])
+    batch = inputs.data.batch("train", range(min(32, count)))
+    images = net.prepare(batch.images.to(accelerator.device))
+    shown = net.bare, board, images, options.REMEDIES
+    return Watch(*shown, say=tqdm.write, scaler=accelerator.scaler)
 
 
 def create_header(args, inputs: Inputs, net: Net) -> dict:

@@ -9,23 +9,13 @@ import argparse
 from pathlib import Path
 
 from lenslet import cli
-from lenslet.cli import (
-    alpha,
-    as_written,
-    fold,
-    number,
-    parse_duration,
-    steps_or_percent,
-    steps_or_time,
-)
+from lenslet.cli import as_written, number, parse_duration
 from lenslet.errors import UserError, error_context, nearest
 from lenslet.training.schedules import parse_schedule
 
-METRICS = ("accuracy", "f1", "loss")
 LOSSES = ("cross-entropy", "focal", "bce", "mse")
 AUGMENTATIONS = ("none", "light", "standard", "trivial", "rand")
-# Tested by name; any other optimizer of timm's works too.
-OPTIMIZERS = ("sgd", "adam", "adamw", "adabelief", "ranger", "muon")
+OPTIMIZERS = ("sgd", "adam", "adamw", "adabelief", "ranger", "muon")  # the tested ones
 MEMORIZED_AFTER = 200  # epochs that --overfit takes at most, unless --epochs says more
 # Options that change no bit of the weights: an interrupted run may go on with other values.
 FREE = {"output", "workers", "log_every", "save_every", "watch"}
@@ -51,7 +41,7 @@ def build_parser(description: str = "") -> cli.Parser:
     help = "share of the training images kept for validation where there is no val/; 0: none"
     add("--val", metavar="SHARE", type=number(float, 0, 0.9), default=0.1, help=help)
     help = "validate on the K-th of N parts of the training images instead (see `make folds`)"
-    add("--fold", metavar="K/N", type=as_written(fold), help=help)
+    add("--fold", metavar="K/N", type=as_written(cli.fold), help=help)
     help = "for a quick try: use only N training images, and at most N validation images"
     add("--limit", metavar="N", type=number(int, 2), help=help)
     help = "sanity check: can the network memorize N images, with all regularization off?"
@@ -71,9 +61,9 @@ def build_parser(description: str = "") -> cli.Parser:
     help = "share of the images that lose a rectangle (random erasing)"
     add("--erase", metavar="SHARE", type=share, default=0.0, help=help)
     help = "mix images in pairs, the more evenly the larger ALPHA is (0.2)"
-    add("--mixup", metavar="ALPHA", type=alpha, default=0.0, help=help)
+    add("--mixup", metavar="ALPHA", type=cli.alpha, default=0.0, help=help)
     help = "replace a rectangle by another image's (1)"
-    add("--cutmix", metavar="ALPHA", type=alpha, default=0.0, help=help)
+    add("--cutmix", metavar="ALPHA", type=cli.alpha, default=0.0, help=help)
 
     add = parser.add_argument_group("network").add_argument
     add("--model", help="one of `python model.py`, a timm name, or torchvision/NAME")
@@ -112,7 +102,7 @@ def build_parser(description: str = "") -> cli.Parser:
     )
     add("--schedule", metavar="NAME", type=as_written(parse_schedule), default="cosine", help=help)
     help = "optimizer steps (500), or share of them all (20%%), of linear rise to the learning rate"
-    add("--warmup", metavar="N", type=as_written(steps_or_percent), default="0", help=help)
+    add("--warmup", metavar="N", type=as_written(cli.steps_or_percent), default="0", help=help)
     help = "clip the norm of all gradients together to this"
     add("--clip", metavar="NORM", type=positive, help=help)
     help = "of the initial weights, the order of the images, and the augmentation"
@@ -136,7 +126,7 @@ def build_parser(description: str = "") -> cli.Parser:
 
     add = parser.add_argument_group("what is kept").add_argument
     help = "validation figure that makes an epoch the best (default: accuracy; f1 is the macro F1)"
-    add("--metric", choices=METRICS, help=help)
+    add("--metric", choices=["accuracy", "f1", "loss"], help=help)
     help = "weights of the best epoch (default), of the last, or the best and all in epochs/"
     add("--keep", choices=["best", "last", "all"], help=help)
     help = "stop after N epochs without a better one; 0: never"
@@ -155,7 +145,7 @@ def build_parser(description: str = "") -> cli.Parser:
     add = parser.add_argument_group("output").add_argument
     add("--output", metavar="DIR", help="run folder (default: runs/<data>-<model>)")
     help = "steps (500) or time (90s, 5m, 2h) between checkpoints; each epoch ends with one too"
-    add("--save-every", metavar="N", type=as_written(steps_or_time), default="5m", help=help)
+    add("--save-every", metavar="N", type=as_written(cli.steps_or_time), default="5m", help=help)
     help = "go on with this run and its options (default: the unfinished run with the same options)"
     add("--resume", metavar="RUN", help=help)
     help = "start a new run"
@@ -335,13 +325,12 @@ def run_name(args) -> str:
 
 
 def advice(args) -> tuple[str, str, str]:
-    """What to try, for meter.advice(): when GPU memory is short, when an operation is not
-    deterministic, and when a process that decodes images was killed.
+    """What meter.advice() says: when GPU memory is short, when an operation is not deterministic,
+    and when a process that decodes images was killed.
     """
-    tried = f"--batch-size {args.batch_size} --accumulate {args.accumulate}"
+    now, parts = f"--batch-size {args.batch_size} --accumulate {args.accumulate}", args.accumulate
     return (
-        f"with {tried}; try --accumulate {2 * args.accumulate}, which gives the same result, or "
-        f"--batch-size {max(1, args.batch_size // 2)}",
+        f"with {now}; try --accumulate {2 * parts}, which gives the same result, or fewer images",
         "leave out --deterministic",
         "If memory was short, try fewer --workers; the same command goes on",
     )
