@@ -21,8 +21,8 @@ from lenslet.training import options
 
 
 def main(argv=None) -> int:
-    """Train; the exit status."""
-    # ---- options: read once, before the imports that a misspelt one need not wait for
+    """Train; the exit status: 0, 130 or 143 after a signal, 1 if --overfit was not memorized."""
+    # ---- options: read once, before imports that take seconds, so that a misspelt one ends at once
     given = options.parse(argv, __doc__)
 
     from lenslet.distributed.determinism import seed_step
@@ -34,68 +34,66 @@ def main(argv=None) -> int:
     from lenslet.training.optimizers import l1_penalty
     from lenslet.training.schedules import Schedule
 
-    # Joins the other processes, if there are any: from here on, each runs all of this on its own
-    # part of every batch.  The data set's recipe fills in what was not given.
+    # Joins the other processes, if there are any.  From here on every process runs all of this, on
+    # its own part of every batch; only the main one (rank 0) writes files and prints.  What was not
+    # given comes from the recipe of the data set.
     args, accelerator = build.begin(given)
 
-    # ---- data and network
+    # ---- data and network.  What does not fit ends here, before a run folder is made
     inputs = build.read_inputs(args, accelerator)
-    net = build.create_net(
-        args, inputs
-    )  # what does not fit ends here, before there is a run folder
+    net = build.create_net(args, inputs)
 
     # ---- the run: a new folder, or the unfinished one with the same options
     found = find_run(args, accelerator)
     plan, net = build.create_plan(args, inputs, net, found.saved)  # --time chooses fastnet's width
-    penalty = l1_penalty(net.bare, args.l1)
-    epoch = found.saved["progress"]["epoch"] if found.saved else 0
-    net.distribute(accelerator, epoch, args.dropout, args.compile, args.ema)
+    penalty = l1_penalty(net.bare, args.l1)  # before distribute(), which freezes parameters
+    net.distribute(accelerator, found.epoch, args.dropout, args.compile, args.ema)
     augment = build.create_augment(args, inputs)
     objective = build.create_objective(args, inputs)
     per_epoch = len(inputs.train_loader)
     schedule = Schedule(args.schedule, args.warmup, per_epoch, args.min_delta, args.lr, plan)
     meter = Meter(accelerator, args.log_every)
+    # Restores net and meter from the checkpoint, if there is one.
     run = Run(args, found, build.create_header(args, inputs, net), inputs, net, meter, plan)
-    progress = run.progress  # step, epoch, batch, …: what a checkpoint saves besides tensors
+    progress = run.progress  # step, epoch, batch, …: what a checkpoint holds besides tensors
     watch = build.create_watch(args, inputs, net, run.board)
 
-    # ---- the loop.  Interrupts: a signal waits until its step is done and saved
+    # ---- the loop.  A signal (Ctrl-C, SIGTERM) only sets interrupts.stop, at the end of a step
     with Interrupts(accelerator.num_processes) as interrupts, advice(*options.advice(args)):
         for epoch in run.epochs():
-            net.train(
-                epoch
-            )  # layers that are frozen in this epoch keep their batch-norm statistics
+            net.train(epoch)  # frozen layers keep their batch-norm statistics, too
 
             for batch in run.batches():  # images: uint8 [B, C, H, W], this process's part
+                # The rate follows from the step, not from calls: a resumed run has the same.
                 lr = schedule.apply(net.optimizer, progress.step, run.scores)
                 targets = objective.targets(batch.labels, batch.index)  # [B, classes], weighted
                 images, targets = augment(batch.images, targets, epoch, batch.index)
-                if progress.step == 0:
+                if progress.step == 0:  # TensorBoard shows what the network is really fed
                     grid = image_grid(net.prepare, images, targets, inputs.data.classes)
                     run.board.add("image", "training_images", grid, progress.step)
-                # After augment(), which draws from the same generator; dropout follows from this.
+                # For dropout.  After augment(), which draws from the same generator.
                 seed_step(args.seed, progress.step, accelerator)
 
                 for x, y, last in parts(images, targets, args.accumulate):
                     with net.no_sync(unless=last):  # processes exchange gradients once per step
                         logits = net.model(net.prepare(x))  # [B / parts, classes]
-                        loss = objective(logits, y, x)  # summed, not averaged
+                        loss = objective(logits, y, x)  # summed over the images, not averaged
                         # batch.share makes it the mean over the whole batch: every image counts
                         # the same, in whichever part, process or short last batch it is.
                         accelerator.backward(loss * batch.share + last * penalty())
-                    meter.add(loss, logits, y, counts=batch.share > 0)
+                    meter.add(loss, logits, y, counts=batch.share > 0)  # waits for nothing
 
                 if watch:
                     watch.gradients(progress.step + 1, progress.seconds)
                 if args.clip:
                     accelerator.clip_grad_norm_(net.model.parameters(), args.clip)
-                due = meter.end_step(net.bare, progress.step)  # here are the gradients; soon not
+                due = meter.end_step(net.bare, progress.step)  # before the gradients are gone
                 net.optimizer.step()
                 net.optimizer.zero_grad()
                 ends = run.advance(batch.size, lr)  # counts the step; --time looks at the clock
                 net.update_ema(progress.step)
 
-                # Every process asks at every step, so that all save and stop at the same one.
+                # Every process asks after every step, so that all save and stop at the same one.
                 save = run.save_is_due(interrupts)
                 if due or ends or save or interrupts.stop:
                     run.log(meter, ends)  # reads the loss back: here the CPU waits for the GPU
@@ -105,9 +103,9 @@ def main(argv=None) -> int:
                     run.save(net, meter)
 
             # ---- validate, keep the best weights, save
-            if not interrupts.stop:  # a signal may also come while this goes on
+            if not interrupts.stop:
                 rows = net.evaluate(inputs.val_loader, interrupts)
-            if interrupts.stop:
+            if interrupts.stop:  # in the epoch, or while it was validated
                 run.save(net, meter, last=True)
                 break
             run.end_epoch(net, meter, rows)

@@ -68,6 +68,11 @@ class Found(NamedTuple):
     saved: dict | None  # what the checkpoint holds
     notes: list[str]  # what the user should know, a line each
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that training is in, from 0."""
+        return self.saved["progress"]["epoch"] if self.saved else 0
+
 
 def find_run(args, accelerator: Accelerator) -> Found:
     """The unfinished run with these options, or a new folder; the main process decides.
