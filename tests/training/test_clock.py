@@ -1,7 +1,11 @@
 """A run by the clock ends with the time, whatever the machine's speed does."""
 
 import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
 
+from lenslet.training import clock
 from lenslet.training.clock import WIDTHS, Plan, choose_width
 
 
@@ -12,7 +16,7 @@ def drive(seconds, step_seconds):
         spent += step_seconds(step)
         step += 1
         if plan.is_due(step):
-            plan.look(step, spent)
+            plan.note_time(step, spent)
     return plan, step, spent
 
 
@@ -32,7 +36,7 @@ def test_ends_with_the_time(speed):
     """Within 3 % of 60 seconds, and the schedule comes down to its end."""
     plan, step, spent = drive(60, speed)
     assert spent == pytest.approx(60, rel=0.03)
-    progress = [plan.at(k)[0] for k in range(step)]
+    progress = [plan.progress(k)[0] for k in range(step)]
     assert 0 < progress[0] < 0.01
     assert all(0 <= p < 1 for p in progress)
     assert progress[-1] > 0.97
@@ -52,18 +56,36 @@ def test_stored_marks_repeat_the_run():
     again = Plan(plan.marks)
     assert again.total == steps
     assert not any(again.is_due(k) for k in range(steps + 1))
-    assert [again.at(k) for k in range(steps)] == [plan.at(k) for k in range(steps)]
+    assert [again.progress(k) for k in range(steps)] == [plan.progress(k) for k in range(steps)]
 
 
 def test_a_number_of_steps():
     """Without a clock, progress grows evenly over the steps."""
     plan = Plan([[0, 0.0, 4]])
-    assert [plan.at(k) for k in range(4)] == [(p, 4) for p in (0.125, 0.375, 0.625, 0.875)]
+    assert [plan.progress(k) for k in range(4)] == [(p, 4) for p in (0.125, 0.375, 0.625, 0.875)]
     assert not any(plan.is_due(k) for k in range(5))
 
 
+def test_measured_speed():
+    """Images per second of three steps, without the first; the network is fed, and learns
+    nothing.
+    """
+    times, shapes = iter([10.0, 12.0]), []
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    network.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    before = [p.clone() for p in network.parameters()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clock, "device_time", lambda device: next(times))
+        speed = clock.measure_speed(
+            network, torch.rand(8, 3, 2, 2), torch.arange(8) % 3, Accelerator(cpu=True)
+        )
+    assert speed == 2 * 8 / (12.0 - 10.0)
+    assert shapes == [(8, 3, 2, 2)] * 3
+    assert all(torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True))
+
+
 def test_wider_with_more_time():
-    """The widest network is taken that sees the pictures often enough, narrower ones first."""
+    """The widest network is taken that sees the images often enough, narrower ones first."""
     tried = []
 
     def trial(width):

@@ -1,4 +1,7 @@
-"""Losses have the values and gradients that they should, and pictures their weights."""
+"""Losses have the values and gradients that they should, and images their weights."""
+
+import hashlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from lenslet.errors import UserError
-from lenslet.training import losses
+from lenslet.training import losses, options
 from lenslet.training.losses import Objective, image_losses
 
 LOGITS = torch.tensor([[2.0, 0.5, -1.0], [0.1, 0.2, 0.3], [-3.0, 1.0, 4.0]])
@@ -53,7 +56,7 @@ def test_bce_and_mse():
         torch.testing.assert_close(image_losses("mse", LOGITS, HARD, smoothing), brier)
 
 
-@pytest.mark.parametrize("name", [*losses.LOSSES, "focal:1.5", "teacher"])
+@pytest.mark.parametrize("name", [*options.LOSSES, "focal:1.5", "teacher"])
 def test_gradients_of_each(name):
     """In double precision the gradients agree with differences (torch.autograd.gradcheck)."""
     torch.manual_seed(0)
@@ -85,8 +88,68 @@ def test_class_weights():
         losses.class_weights("1,2,3", counts)
 
 
+@pytest.fixture
+def split(tmp_path):
+    """Names of four training images in a folder that has another one in val/."""
+    for name in ("train/a/0.png", "train/a/1.png", "train/b/0.png", "train/b/1.png", "val/a/9.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    names = [f"train/{c}/{i}.png" for c in "ab" for i in range(2)]
+
+    class Four(SimpleNamespace):
+        __len__ = lambda self: 4  # noqa: E731
+
+    return Four(names=names)
+
+
+def test_image_weights(split, tmp_path):
+    """Each image has the weight that the file gives it, or 1; and the file its SHA-256."""
+    path = tmp_path / "weights.csv"
+    read = lambda: losses.image_weights(str(path), str(tmp_path), split)  # noqa: E731
+    weights, sha256 = losses.image_weights(None, str(tmp_path), split)
+    assert weights.tolist() == [1, 1, 1, 1] and sha256 == ""
+    text = "file,weight\ntrain/b/0.png,2.5\nval/a/9.png,7\ntrain/a/1.png,0\n"
+    path.write_text(text)
+    weights, sha256 = read()
+    assert weights.tolist() == [1, 0, 2.5, 1] and weights.dtype == torch.float32
+    assert sha256 == hashlib.sha256(text.encode()).hexdigest()
+    path.write_bytes(b"\xef\xbb\xbfweight,note,file\n3,as spreadsheets write it,train/a/0.png\n")
+    assert read()[0].tolist() == [3, 1, 1, 1] and read()[1] != sha256
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train/a/9.png,1", "line 2: 'train/a/9.png' is not an image of "),
+        ("train/a/0.png,1\ntrain/a/1.png,-1", "line 3: '-1' is not a weight"),
+        ("train/a/0.png,inf", "line 2: 'inf' is not a weight"),
+        ("train/a/0.png,nan", "line 2: 'nan' is not a weight"),
+        ("train/a/0.png", "line 2: '' is not a weight"),
+        ("train/a/0.png,0\ntrain/a/1.png,0\ntrain/b/0.png,0\ntrain/b/1.png,0", "above 0"),
+        ("", "columns file and weight"),
+    ],
+)
+def test_wrong_image_weights(split, tmp_path, text, said):
+    """What is wrong is told with its line, and without the file, which the caller knows."""
+    path = tmp_path / "weights.csv"
+    path.write_text(f"file,weight\n{text}\n")
+    with pytest.raises(UserError) as caught:
+        losses.image_weights(str(path), str(tmp_path), split)
+    assert said in str(caught.value)
+    assert str(path) not in str(caught.value) and "--" not in str(caught.value)
+
+
+def test_unreadable_image_weights(split, tmp_path):
+    """No file, no text, no such columns: one line each."""
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "other").write_text("image,weight\ntrain/a/0.png,1\n")
+    for name, said in (("gone", "No such file"), ("binary", "not a CSV"), ("other", "columns")):
+        with pytest.raises(UserError, match=said):
+            losses.image_weights(str(tmp_path / name), str(tmp_path), split)
+
+
 def test_weighted_loss_is_that_of_torch():
-    """A whole data set with class weights gives torch's weighted mean; mixed pictures mix it."""
+    """A whole data set with class weights gives torch's weighted mean; mixed images mix it."""
     weights = torch.tensor([3.0, 1.0, 0.5])
     objective = Objective("cross-entropy", 3, weights[LABELS])
     targets = objective.targets(LABELS, torch.arange(3))
