@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from itertools import chain, compress
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +17,12 @@ from lenslet.data import sets
 from lenslet.data.batches import SMALL, Data, Split, evenly_spaced
 from lenslet.data.decode import Inspected, longer_side, read_image
 from lenslet.data.layout import Listing, find_folder, list_folder
-from lenslet.data.sets import is_set
 from lenslet.data.split import subset, validation_mask
 from lenslet.data.verify import Inspection, inspect_images
 from lenslet.errors import OutsideError, UserError
 
-# The recipe that supplies the defaults for a data set; a folder's follows from its images.
-RECIPES = {
-    "cifar10": "cifar10",
-    "cifar100": "cifar10",
-    "mnist": "mnist",
-    "fashion-mnist": "mnist",
-    "digits": "digits",
-}
+# The recipe that supplies the defaults for a named set; a folder's follows from its images.
+RECIPES = {name: name for name in sets.SETS} | {"cifar100": "cifar10", "fashion-mnist": "mnist"}
 
 Rows = dict[str, list[tuple[Path, int]]]  # split → (file, label) of its images
 
@@ -41,11 +35,10 @@ def recipe_for(name: str) -> str:
     folder takes longer than the answer is worth.  It lists the folder, so call it on one process.
     Errors: UserError for an unknown name, or a folder without the layout.
     """
-    if is_set(name):
+    if sets.is_set(name):
         return RECIPES[name]
     splits = list_folder(find_folder(name)).splits
-    classes = [images for s in ("train", "val") for images in splits.get(s, {}).values()]
-    files = [file for images in classes for file in images]
+    files = list(chain(*splits["train"].values(), *splits["val"].values()))
     sample = [files[i] for i in evenly_spaced(len(files), 1000)]
     return "cifar10" if all(longer_side(file) <= SMALL for file in sample) else "photos"
 
@@ -53,7 +46,7 @@ def recipe_for(name: str) -> str:
 def choose_data(name: str | None) -> str:
     """The name of a set, or a folder's full path; for None CIFAR-10, or offline the digits."""
     if name:
-        return name if is_set(name) else str(find_folder(name).resolve())
+        return name if sets.is_set(name) else str(find_folder(name).resolve())
     try:
         sets.ensure("cifar10", patience=15)
         return "cifar10"
@@ -91,7 +84,7 @@ def load(
     Errors: UserError for an unknown name, a folder without the layout, broken images, classes that
     differ from those of the weights, and too few images for fold or limit.
     """
-    if is_set(name):
+    if sets.is_set(name):
         return _load_set(name, wanted, val, fold, limit, like)
     root = find_folder(name)
     listing = list_folder(root)
@@ -103,21 +96,21 @@ def load(
 
     # Training inspects every split: who starts it learns now of the broken files in test/ too.
     inspected = rows if "train" in wanted and not limit else wanted
-    files = sorted({file for split in inspected for file, _ in rows.get(split, [])})
+    files = sorted({file for split in inspected for file, _ in rows[split]})
     inspection = inspect_images(files, SMALL, lenslet.files.DATA / "inspected.json", workers)
     notes = listing.notes + _broken_notes(inspection, skip_broken)
     rows = _readable(rows, wanted, inspection, classes)
+    data = Data(name, classes, 0, (0, 0), crop, {}, "", notes)
     if not rows:
-        return Data(name, classes, 0, (0, 0), crop, {}, "", notes)
+        return data
 
-    images = [inspection.images[file] for part in rows.values() for file, _ in part]
-    channels, image_size, crop = _choose_reading(images, like, photo_size, crop)
-    data = Data(name, classes, channels, image_size, crop, {}, "", notes)
+    images = [inspection.images[file] for file, _ in chain(*rows.values())]
+    data.channels, data.image_size, data.crop = _choose_reading(images, like, photo_size, crop)
     for split, part in rows.items():
         names = [file.relative_to(root).as_posix() for file, _ in part]
         data.splits[split] = Split([file for file, _ in part], _labels(part), names)
     data.sha256 = _digest(data.splits)
-    if max(image.side for image in images) <= SMALL and max(image_size) <= SMALL:
+    if max(image.side for image in images) <= SMALL and max(data.image_size) <= SMALL:
         _keep_in_memory(data, files, inspection)
     return data
 
@@ -134,19 +127,19 @@ def _assign(listing: Listing, classes: list[str], val: float, fold: str | None) 
             f"class {unknown[0]} is not among the {len(classes)} that the weights were trained on "
             f"({', '.join(classes[:3])}, …)"
         )
-    rows = {"train": [], "val": []}
-    for split, inside in listing.splits.items():
-        rows[split] = [(file, label_of[name]) for name, files in inside.items() for file in files]
+    rows = {
+        split: [(file, label_of[name]) for name, files in inside.items() for file in files]
+        for split, inside in listing.splits.items()
+    }
     if fold and listing.divided and rows["val"]:
         raise UserError("it has a val/ of its own, so no fold of train/ can be kept for validation")
     if not listing.divided and (fold or val == 0):
         rows["train"] += rows["val"]
         rows["val"] = []
     if (fold or val) and not rows["val"]:
-        kept = validation_mask(_labels(rows["train"]), val, fold).tolist()
-        both = list(zip(rows["train"], kept, strict=True))
-        rows["train"] = [row for row, is_kept in both if not is_kept]
-        rows["val"] = [row for row, is_kept in both if is_kept]
+        kept = validation_mask(_labels(rows["train"]), val, fold)
+        rows["val"] = list(compress(rows["train"], kept.tolist()))
+        rows["train"] = list(compress(rows["train"], (~kept).tolist()))
     return rows
 
 
@@ -163,11 +156,10 @@ def _broken_notes(inspection: Inspection, skip_broken: bool) -> list[str]:
 
 def _readable(rows: Rows, wanted: list[str], inspection: Inspection, classes: list[str]) -> Rows:
     """The wanted splits without their broken images; one that is empty is missing."""
-    rows = {s: [row for row in rows.get(s, []) if row[0] in inspection.images] for s in wanted}
-    if "train" in rows:
-        missing = set(range(len(classes))) - {label for _, label in rows["train"]}
-        if missing:
-            raise UserError(f"class {classes[min(missing)]} has no readable training images left")
+    rows = {s: [row for row in rows[s] if row[0] in inspection.images] for s in wanted}
+    missing = set(range(len(classes))) - {label for _, label in rows.get("train", [])}
+    if "train" in rows and missing:
+        raise UserError(f"class {classes[min(missing)]} has no readable training images left")
     return {split: part for split, part in rows.items() if part}
 
 
@@ -187,18 +179,20 @@ def _keep_in_memory(data: Data, files: list[Path], inspection: Inspection) -> No
 
     files: those that were inspected, in the order of inspection.array.
     """
+
+    def planes(file):  # [C, H, W]
+        pixels = inspection.images[file].pixels
+        if pixels.shape[:2] != data.image_size or pixels.shape[2] > data.channels:
+            pixels = read_image(file, data.channels, data.image_size, data.crop)
+        return np.broadcast_to(pixels, (*data.image_size, data.channels)).transpose(2, 0, 1)
+
     used = [file for split in data.splits.values() for file in split.images]
     array = inspection.array  # serves as it is where it can: no copy
     fits = array is not None and array.shape[2:] == data.image_size
     if fits and array.shape[1] != data.channels:  # three equal channels can be one, colours cannot
         fits = data.channels == 1 and all(inspection.images[file].grey for file in used)
     if not fits:
-        files, shape = used, (*data.image_size, data.channels)
-        images = [inspection.images[file].pixels for file in files]
-        for i, (file, pixels) in enumerate(zip(files, images, strict=True)):
-            if pixels.shape[:2] != data.image_size or pixels.shape[2] > data.channels:
-                images[i] = read_image(file, data.channels, data.image_size, data.crop)
-        array = np.stack([np.broadcast_to(pixels, shape).transpose(2, 0, 1) for pixels in images])
+        files, array = used, np.stack([planes(file) for file in used])
     stacked = torch.from_numpy(array[:, : data.channels])
     place = {file: i for i, file in enumerate(files)}
     for split in data.splits.values():
@@ -238,21 +232,15 @@ def _load_set(name, wanted, val, fold, limit, like) -> Data:
                 names = [str(i) for i in part.tolist()]
                 splits[split] = Split(images, labels[part], names, part)
     classes = json.loads(header["classes"])
-    shape = list(images.shape[1:])
-    if like:
-        _check_like(like, classes, shape)
-    sha256 = hashlib.sha256(header["source_sha256"].encode()).hexdigest()
-    return Data(name, classes, shape[0], tuple(shape[1:]), 1.0, splits, sha256)
-
-
-def _check_like(like: dict, classes: list[str], shape: list[int]) -> None:
-    """Errors: UserError where the weights were trained on other classes, or on other shapes."""
-    known, trained = like["classes"], [like["channels"], *like["image_size"]]
-    if known != classes:
+    if like and like["classes"] != classes:
         raise UserError(
             f"it has {len(classes)} classes ({classes[0]}, …), but the weights were trained on "
-            f"{len(known)} ({known[0]}, …): give data with those classes"
+            f"{len(like['classes'])} ({like['classes'][0]}, …): give data with those classes"
         )
-    if shape != trained:
-        images, expected = ("x".join(map(str, sides)) for sides in (shape, trained))
-        raise UserError(f"its images are {images}, but the weights were trained on {expected}")
+    shape = tuple(images.shape[1:])
+    if like and shape != (like["channels"], *like["image_size"]):
+        trained = "x".join(map(str, (like["channels"], *like["image_size"])))
+        its = "x".join(map(str, shape))
+        raise UserError(f"its images are {its}, but the weights were trained on {trained}")
+    sha256 = hashlib.sha256(header["source_sha256"].encode()).hexdigest()
+    return Data(name, classes, shape[0], shape[1:], 1.0, splits, sha256)
