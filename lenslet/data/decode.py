@@ -4,9 +4,11 @@ Training, testing and predicting decode an image with the same code: `read_image
 `inspect_image` for small ones that are kept as they are.
 """
 
+import contextlib
 import functools
 import math
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +39,7 @@ def longer_side(path: Path) -> int:
     try:
         with _open(path) as image:
             return max(image.size)
-    except Exception:  # whoever decodes the whole file reports what is wrong with it
+    except UnreadableImage:  # whoever decodes the whole file reports what is wrong with it
         return 0
 
 
@@ -59,22 +61,17 @@ def read_image(
 
     Errors: UnreadableImage.
     """
-    try:
-        with _open(path) as image:
-            box = None
-            if size is not None:
-                box = _choose_box(_upright_size(image), size, crop, draws)
-                box = _shrink_while_decoding(image, size, box)
-            image = _to_grey_or_rgb(image)
-            if channels == 1 or image.mode != "RGB":
-                image = image.convert("L" if channels == 1 else "RGB")
-            if box and (image.size != (size[1], size[0]) or box != (0, 0, *image.size)):
-                image = image.resize(
-                    (size[1], size[0]), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0
-                )
-            pixels = np.array(image)
-    except Exception as error:  # a damaged file makes Pillow raise almost anything
-        raise _unreadable(path, error) from error
+    with _open(path) as image:
+        box = None
+        if size is not None:
+            box = _choose_box(_upright_size(image), size, crop, draws)
+            box = _shrink_while_decoding(image, size, box)
+        image = _to_grey_or_rgb(image)
+        if channels == 1 or image.mode != "RGB":
+            image = image.convert("L" if channels == 1 else "RGB")
+        if box and (image.size != size[::-1] or box != (0, 0, *image.size)):
+            image = image.resize(size[::-1], Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
+        pixels = np.array(image)
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
@@ -84,38 +81,36 @@ def inspect_image(path: str | Path, small: int) -> Inspected:
     A larger JPEG file is decoded at an eighth of its size, which still meets every byte of it.
     Errors: UnreadableImage.
     """
-    try:
-        with _open(path) as image:
-            side = max(image.size)
-            if side > small:
-                image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
-            image = _to_grey_or_rgb(image)
-            pixels = np.asarray(image)
-    except Exception as error:
-        raise _unreadable(path, error) from error
+    with _open(path) as image:
+        side = max(image.size)
+        if side > small:
+            image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+        pixels = np.asarray(_to_grey_or_rgb(image))
     grey = pixels.ndim == 2 or bool((pixels == pixels[..., :1]).all())
     if grey:
         pixels = pixels.reshape(*pixels.shape[:2], -1)[..., :1]
     return Inspected(side, grey, pixels if side <= small else None)
 
 
-def _open(path: str | Path) -> Image.Image:
+@contextlib.contextmanager
+def _open(path: str | Path) -> Iterator[Image.Image]:
+    """An image file, for as long as it is read.  Errors: UnreadableImage, here and in the block."""
     _ignore_pillow_warnings()
-    return Image.open(path, formats=FORMATS)
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not a known kind of image" if Path(path).stat().st_size else "an empty file"
+        else:
+            reason = getattr(error, "strerror", None) or error
+        raise UnreadableImage(f"{path}: cannot be read as an image ({reason})") from error
 
 
 @functools.cache  # once: each change of the filters makes Python repeat warnings already shown
 def _ignore_pillow_warnings() -> None:
     """Oversized images, odd palettes and broken EXIF blocks: read, or reported as unreadable."""
     warnings.filterwarnings("ignore", module="PIL")
-
-
-def _unreadable(path: str | Path, error: Exception) -> UnreadableImage:
-    if isinstance(error, UnidentifiedImageError):
-        reason = "not a known kind of image" if Path(path).stat().st_size else "an empty file"
-    else:
-        reason = getattr(error, "strerror", None) or error
-    return UnreadableImage(f"{path}: cannot be read as an image ({reason})")
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:

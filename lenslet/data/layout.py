@@ -41,30 +41,22 @@ def list_folder(root: Path) -> Listing:
     tops = {split: root / split for split in SPLITS} if divided else {"train": root}
     splits, ignored = {}, Counter()
     for split, top in tops.items():
-        splits[split], others = _list_classes(top)
-        ignored.update(others)
+        splits[split] = {}
+        folders = [d for d in top.glob("[!.]*") if d.is_dir()]
+        for folder in sorted(folders, key=lambda d: natural_sort_key(d.name)):
+            splits[split][folder.name], others = find_images(folder)
+            ignored.update(others)
     _check_classes(root, splits)
     notes = []
     if ignored:
         kinds = ", ".join(sorted(ignored))
         notes.append(f"{ignored.total()} files ignored, not images by their names ({kinds})")
-    if divided:
-        unused = [d.name for d in root.glob("[!.]*") if d.is_dir() and d.name not in tops]
-        if unused:
-            notes.append(f"folders ignored: {', '.join(unused)} (train, val and test are read)")
-    else:
-        splits = _divide(root, splits["train"])
+    if not divided:
+        return Listing(_divide(root, splits["train"]), divided, notes)
+    unused = [d.name for d in root.glob("[!.]*") if d.is_dir() and d.name not in SPLITS]
+    if unused:
+        notes.append(f"folders ignored: {', '.join(unused)} (train, val and test are read)")
     return Listing(splits, divided, notes)
-
-
-def _list_classes(top: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """class → files of one split, and the name endings of its other files."""
-    folders = [d for d in top.glob("*") if d.is_dir() and not d.name.startswith(".")]
-    classes, ignored = {}, []
-    for folder in sorted(folders, key=lambda d: natural_sort_key(d.name)):
-        classes[folder.name], others = find_images(folder)
-        ignored += others
-    return classes, ignored
 
 
 def _check_classes(root: Path, splits: dict[str, dict[str, list[Path]]]) -> None:
@@ -73,9 +65,8 @@ def _check_classes(root: Path, splits: dict[str, dict[str, list[Path]]]) -> None
     expected = "expected train/<class>/*.png or <class>/*.png (or .jpg, …), two classes or more"
     if len(classes) < 2:
         raise UserError(f"{len(classes) or 'no'} class folder in it; {expected}")
-    for name, images in classes.items():
-        if not images:
-            raise UserError(f"class {name} has no images; {expected}")
+    if empty := [name for name, images in classes.items() if not images]:
+        raise UserError(f"class {empty[0]} has no images; {expected}")
     like_splits = all(re.search("train|test|val", name, re.IGNORECASE) for name in classes)
     if like_splits and any(folder.is_dir() for folder in root.glob("*/*")):
         names = " and ".join(classes)

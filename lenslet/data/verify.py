@@ -3,12 +3,13 @@
 import contextlib
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lenslet.data.decode import Inspected, UnreadableImage, inspect_image, longer_side
@@ -37,12 +38,15 @@ def inspect_images(files: list[Path], small: int, store: Path, workers: int) -> 
     }
     new = [file for file in files if file not in images]
     place = {file: i for i, file in enumerate(files)}
-    broken, array, alike = [], None, True
+    broken, photographs, array, alike = [], {}, None, True
     for file, image in zip(new, _decode(new, small, workers), strict=True):
         if isinstance(image, str):
             broken.append(image)
             continue
-        if image.pixels is not None:
+        if image.pixels is None:
+            path, *state = stamps[file]
+            photographs[path] = [*state, image.side, image.grey]
+        else:
             # Moved into the array one by one: to stack them at the end would need twice the memory.
             planes = image.pixels.transpose(2, 0, 1)  # [C, H, W]
             if array is None:
@@ -54,11 +58,6 @@ def inspect_images(files: list[Path], small: int, store: Path, workers: int) -> 
             else:
                 alike = False
         images[file] = image
-    photographs = {
-        stamps[file][0]: [*stamps[file][1:], images[file].side, images[file].grey]
-        for file in new
-        if file in images and images[file].pixels is None
-    }
     if photographs:
         with contextlib.suppress(OSError):  # it only saves time
             store.parent.mkdir(parents=True, exist_ok=True)
@@ -81,14 +80,14 @@ def _read_store(store: Path) -> dict[str, list]:
 
 
 def _decode(files: list[Path], small: int, workers: int):
-    """inspect_image() of each file in order, or the text of its error."""
+    """What _inspect() says of each file, in order."""
     # Small images are decoded faster than they can be handed from one process to another.
     if len(files) <= 256 or longer_side(files[0]) <= small:
         workers = 0
     loader = DataLoader(
-        _Files(files, small),
+        files,
         64,
-        collate_fn=list,
+        collate_fn=partial(_inspect, small=small),
         num_workers=workers,
         generator=torch.Generator(),  # iterating draws from it: leave the global one alone
     )
@@ -96,15 +95,12 @@ def _decode(files: list[Path], small: int, workers: int):
     return tqdm(found, "reading images", len(files), disable=None, leave=False)
 
 
-class _Files(Dataset):
-    def __init__(self, files, small):
-        self.files, self.small = files, small
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i) -> Inspected | str:
+def _inspect(files: list[Path], small: int) -> list[Inspected | str]:
+    """inspect_image() of each file, or the text of its error."""
+    found = []
+    for file in files:
         try:
-            return inspect_image(self.files[i], self.small)
+            found.append(inspect_image(file, small))
         except UnreadableImage as error:
-            return str(error)
+            found.append(str(error))
+    return found
