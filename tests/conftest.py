@@ -1,6 +1,9 @@
-"""What the tests share: nothing of theirs outlives them, and folders of tiny pictures."""
+"""What the tests share: nothing of theirs outlives them, and folders of tiny images."""
 
+import ast
+import inspect
 import os
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +43,9 @@ def _make_folder(
     mode: str = "RGB",
     suffix: str = ".png",
 ) -> Path:
-    """root/<split>/<class>/<number><suffix>: noisy pictures, each class of a colour of its own.
+    """root/<split>/<class>/<number><suffix>: noisy images, each class of a colour of its own.
 
-    splits: pictures per class (default: 8 in train, 4 in test); {"": 8} makes a folder of classes
+    splits: images per class (default: 8 in train, 4 in test); {"": 8} makes a folder of classes
     only.  size: height and width.
     """
     generator = np.random.default_rng(0)
@@ -54,15 +57,24 @@ def _make_folder(
             for i in range(count):
                 noise = generator.integers(-30, 31, (*size, len(colour)))
                 pixels = (colour + noise).clip(0, 255).astype(np.uint8)
-                picture = Image.fromarray(pixels if mode == "RGB" else pixels[..., 0])
-                picture.convert(mode).save(folder / f"{i}{suffix}")
+                image = Image.fromarray(pixels if mode == "RGB" else pixels[..., 0])
+                image.convert(mode).save(folder / f"{i}{suffix}")
     return Path(root)
 
 
 @pytest.fixture(scope="session")
 def make_folder():
-    """The function that makes a picture folder."""
+    """The function that makes a folder of images."""
     return _make_folder
+
+
+def public_names(kind: type) -> set[str]:
+    """The methods and properties of a class, and the attributes that any of its methods sets."""
+    found = set(vars(kind))
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(kind)))):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found |= {node.attr} if getattr(node.value, "id", "") == "self" else set()
+    return {name for name in found if not name.startswith("_")}
 
 
 def pytest_addoption(parser):

@@ -1,15 +1,21 @@
-"""Parts of a network are frozen and released as the options say."""
+"""A network is frozen in parts, averaged, wrapped and given back as training needs it."""
 
 import copy
+import math
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from conftest import public_names
 from torch import nn
 
 import model
+from lenslet.data.prepare import Prepare
 from lenslet.errors import UserError
 from lenslet.training import net
+from lenslet.training.optimizers import create_optimizer
 
 
 def tiny(channels=3, classes=3, seed=0):
@@ -154,3 +160,167 @@ def test_frozen_parts_do_not_move():
         optimizer.step()
         after = network.state_dict()
         assert {k.split(".")[0] for k in after if not torch.equal(after[k], before[k])} == moving
+
+
+def distributed(accelerator=None, optimizer="sgd", classes=3, patterns=(), frozen=0, **settings):
+    """A Net of tiny() that is ready for its steps."""
+    network = tiny(classes=classes)
+    optimizer = create_optimizer(optimizer, network, 0.1, 0.9, 0.01)
+    freezer = net.Freezer(network, list(patterns), frozen, ["fc"])
+    result = net.Net(network, optimizer, freezer, Prepare([0.5] * 3, [0.25] * 3, (8, 8)))
+    result.distribute(accelerator or Accelerator(cpu=True), 0, **settings)
+    return result
+
+
+def step(trained, seed=0):
+    """An optimizer step on images that follow from the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    trained.model(trained.prepare(images)).square().sum().backward()
+    trained.optimizer.step()
+    trained.optimizer.zero_grad()
+    trained.update_ema(seed + 1)
+
+
+def test_few_names():
+    """Net can be held in mind: at most 12 methods and attributes are for others."""
+    assert len(public_names(net.Net)) <= 12
+
+
+def test_distribute():
+    """Filters are stored channels last, the frozen parts are those of the epoch, dropout is in."""
+    trained = distributed(frozen=1, dropout=0.3)
+    assert trained.bare.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert free(trained.bare) == {"fc.weight", "fc.bias"}
+    assert trained.evaluated is trained.bare
+    trained.train(0)
+    assert not trained.bare.bn.training and trained.bare.fc.training
+    images = torch.rand(2, 3, 8, 8)  # dropout draws anew each time, but not for an evaluation
+    assert not torch.equal(trained.model(images), trained.model(images))
+    trained.bare.eval()
+    assert torch.equal(trained.model(images), trained.model(images))
+    trained.train(1)
+    assert len(free(trained.bare)) == 6 and trained.bare.bn.training
+
+
+def test_moving_average():
+    """The average follows with a decay that rises to its value; without one there is none."""
+    plain = distributed()
+    plain.update_ema(1)
+    assert plain.evaluated is plain.bare and plain.state()["networks"].keys() == {"model"}
+    trained = distributed(ema=0.9)
+    ours, average = trained.bare.conv.bias.data, trained.evaluated.conv.bias.data
+    assert trained.evaluated is not trained.bare
+    ours.fill_(0)
+    trained.update_ema(1)
+    assert average.tolist() == [0] * 4
+    ours.fill_(1)
+    value = 0.0
+    for number in range(2, 60):
+        trained.update_ema(number)
+        decay = min(0.9, 1 - number ** (-2 / 3))
+        value = decay * value + 1 - decay
+        assert average.tolist() == pytest.approx([value] * 4, rel=1e-4), number
+    assert math.isclose(decay, 0.9)
+
+
+class Processes(SimpleNamespace):
+    """Stands for an Accelerator of which the other processes are not there."""
+
+    device = torch.device("cpu")
+    process_index = 0
+    scaler = None
+
+    def prepare(self, *parts):
+        return parts
+
+    def unwrap_model(self, network):
+        return network
+
+    def backward(self, loss):
+        loss.backward()
+
+
+def test_statistics_are_averaged_before_an_evaluation():
+    """Batch-norm statistics are averaged over the processes, in the average too; counters and
+    weights are not.
+    """
+    calls = []
+
+    def reduce(tensor, how):
+        calls.append(how)
+        assert tensor.dtype == torch.float64  # equal statistics must stay equal
+        return tensor / 2
+
+    for world, mean in ((1, 3), (2, 1.5)):
+        trained = distributed(Processes(num_processes=world, reduce=reduce), ema=0.9)
+        norms = trained.bare.bn, trained.evaluated.bn
+        for norm in norms:
+            norm.running_mean.fill_(3.0)
+            norm.num_batches_tracked.fill_(7)
+        before = copy.deepcopy(list(trained.bare.parameters()))
+        assert trained.evaluate(None) is None
+        for norm in norms:
+            assert norm.running_mean.tolist() == [mean] * 4
+            assert norm.num_batches_tracked == 7
+        assert all(map(torch.equal, trained.bare.parameters(), before))
+    assert calls == ["mean"] * 4
+
+
+def test_distribute_changes_nothing_on_several_processes():
+    """The pass that fixes the order of sums leaves statistics and gradients as they were."""
+    trained = distributed(Processes(num_processes=3))
+    fresh = tiny()
+    for name, tensor in trained.bare.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name]), name
+    assert all(p.grad is None or not p.grad.any() for p in trained.bare.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "ranger"])
+def test_state(optimizer):
+    """A net that is given another's state goes on with the same bits, and as fast: with moments
+    in the memory layout of the filters.
+    """
+    trained = distributed(optimizer=optimizer, ema=0.9)
+    for number in range(7):
+        step(trained, number)
+    other = distributed(optimizer=optimizer, ema=0.9)
+    contiguous = {"memory_format": torch.contiguous_format}  # as a file gives them back
+    state = copy.deepcopy(trained.state())
+    for values in state["optimizer"]["state"].values():
+        for key, value in values.items():
+            values[key] = value.contiguous(**contiguous) if torch.is_tensor(value) else value
+    other.load_state(state)
+    kept = net.innermost(other.optimizer).state[other.bare.conv.weight]
+    moments = [t for t in kept.values() if torch.is_tensor(t) and t.ndim == 4]
+    assert moments
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in moments)
+    for number in range(7, 10):
+        for each in (trained, other):
+            step(each, number)
+    for key in ("bare", "evaluated"):
+        ours, theirs = getattr(trained, key).state_dict(), getattr(other, key).state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_statistics_of_each_process_are_its_own():
+    """Of a state of several processes each takes its own statistics, and of fewer in turn."""
+    state = distributed().state()
+    for rank in range(2):
+        part = copy.deepcopy(state["buffers"][0])
+        part["model"]["bn.running_mean"].fill_(rank + 5)
+        state["buffers"].append(part)
+    del state["buffers"][0]
+    for rank, mean in ((0, 5), (1, 6), (2, 5)):
+        accelerator = Processes(num_processes=3, process_index=rank)
+        trained = distributed(accelerator)
+        trained.load_state(state)
+        assert trained.bare.bn.running_mean.tolist() == [mean] * 4
+
+
+def test_the_state_of_another_network():
+    """What does not fit is refused in a line that names no file."""
+    for state in (distributed(classes=5).state(), distributed(optimizer="adamw").state()):
+        state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
+        with pytest.raises(UserError, match=r"^does not fit this network \(.+\)$"):
+            distributed().load_state(state)
