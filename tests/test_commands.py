@@ -371,7 +371,7 @@ def test_bench(clone, make_folder):
     assert found["machine"]["threads"] >= 1
     assert found["tutorial"]["times_faster"] > 0
     assert found["step"]["fastnet"]["step_over_bare"] > 0
-    assert [row["time"] for row in found["accuracy"]["runs"]] == ["1s", "2s"]
+    assert list(found["accuracy"]) == ["1s", "2s"]
     assert found["photos"]["largest_mean_difference"] < 1  # grey level, from torchvision's pixels
     assert found["predict"]["images_per_second"] > 0
-    assert "share of product" in said and found["machine"]["processor"] in said
+    assert "step_over_bare: " in said and found["machine"]["processor"] in said
