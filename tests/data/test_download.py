@@ -121,7 +121,7 @@ def idx_spec(files, bases):
         }
         for name, content in files.items()
     }
-    return {"kind": "idx", "sources": bases, "archives": archives, "classes": sets.DIGITS}
+    return {"kind": "idx", "sources": bases, "archives": archives, "classes": [*"0123456789"]}
 
 
 class Server(http.server.ThreadingHTTPServer):
