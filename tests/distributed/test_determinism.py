@@ -1,10 +1,13 @@
-"""What is drawn depends on nothing but its key."""
+"""What is drawn depends on nothing but its key, and what affects the last bits is known."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from lenslet.distributed.determinism import uniform
+from lenslet.distributed import determinism
+from lenslet.distributed.determinism import seed_step, uniform
 
 
 def correlation(a, b):
@@ -29,7 +32,7 @@ def test_uniform():
 
 
 def test_uniform_is_keyed():
-    """A picture's draws depend on seed, epoch and its index, and on no batch or global seed."""
+    """An image's draws depend on seed, epoch and its index, and on no batch or global seed."""
     torch.manual_seed(1)
     together = uniform(3, 7, torch.tensor([5, 900, 2]), 4)
     torch.manual_seed(2)
@@ -44,3 +47,41 @@ def test_uniform_takes_any_seed(seed):
     """A seed may be as large as torch's own, a date and time for example."""
     draws = uniform(seed, 0, torch.arange(1000), 2)
     assert 0.45 < draws.mean() < 0.55
+
+
+def test_seed_step():
+    """What dropout draws differs from step to step, seed to seed and process to process, and is
+    the same again whatever was drawn before.
+    """
+    seen = set()
+    for seed, step, rank in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (2**63 - 1, 0, 0), (0, 0, 1)):
+        process = SimpleNamespace(num_processes=2, process_index=rank, device=torch.device("cpu"))
+        draws = []
+        for _ in range(2):
+            seed_step(seed, step, process)
+            draws.append(tuple(torch.rand(4).tolist()))
+        assert draws[0] == draws[1]
+        seen.add(draws[0])
+    assert len(seen) == 5
+
+
+def test_environment():
+    """What is stored of versions, threads and processes is what is running."""
+    found = determinism.environment("bf16")
+    assert torch.__version__.startswith(found["versions"]["torch"])
+    assert found["precision"] == "bf16" and found["processes"] == 1
+    torch.set_num_threads(5)
+    assert determinism.environment("no")["threads"] == 5
+
+
+def test_environment_changes():
+    """Each thing that may change the last bits is told, with what it was and is; no other is."""
+    before = determinism.environment("no")
+    assert determinism.environment_changes(before, "no") == []
+    (line,) = determinism.environment_changes(before, "bf16")
+    assert line.startswith("precision was no, is bf16")
+    before |= {"processes": 4, "device": "an abacus"}
+    lines = determinism.environment_changes(before, "no")
+    assert [line.partition(" ")[0] for line in lines] == ["device", "processes"]
+    assert "processes was 4, is 1" in lines[1]
+    assert determinism.environment_changes(before | {"more": 1}, "no") == lines

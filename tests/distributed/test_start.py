@@ -7,9 +7,8 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from lenslet.distributed import determinism, start
+from lenslet.distributed import start
 from lenslet.errors import UserError
-from lenslet.training import net
 
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "OMP_NUM_THREADS")
 
@@ -83,9 +82,9 @@ def test_accelerator(monkeypatch, precision):
 def test_impossible_precision():
     """fp16 on a CPU, where Accelerate would silently ignore it, is refused with a remedy."""
     start.start_processes()
-    with pytest.raises(UserError, match="fp16 is not for a CPU") as caught:
+    with pytest.raises(UserError, match=r"^fp16 does not run on a CPU") as caught:
         start.create_accelerator("fp16")
-    assert "\n" not in str(caught.value)
+    assert "bf16" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -138,33 +137,38 @@ def test_workers(monkeypatch):
         assert start.decoding_workers(None) == workers
 
 
-def test_from_main():
+def test_from_main_process():
     """What the first process chooses is what everyone gets."""
     assert start.from_main_process(PartialState(), lambda: {"a": 1}) == {"a": 1}
 
 
-def test_circumstances():
-    """What is stored of versions, threads and processes is what is running."""
-    found = determinism.environment("bf16")
-    assert torch.__version__.startswith(found["versions"]["torch"])
-    assert found["precision"] == "bf16" and found["processes"] == 1
-    torch.set_num_threads(5)
-    assert determinism.environment("no")["threads"] == 5
+@pytest.mark.parametrize(("error", "status"), [(UserError("a"), 2), (OSError("b"), 1)])
+def test_from_main_process_fails(monkeypatch, error, status):
+    """Where the first process cannot go on it says so; the others leave with its status."""
+
+    def work():
+        raise error
+
+    state = SimpleNamespace(is_main_process=True)
+    with pytest.raises(type(error)) as caught:
+        start.from_main_process(state, work)
+    assert caught.value is error
+    sent = [None, status]  # what the others receive
+    monkeypatch.setattr(start, "broadcast_object_list", lambda _: sent)
+    with pytest.raises(SystemExit) as left:
+        start.from_main_process(SimpleNamespace(is_main_process=False), work)
+    assert left.value.code == status
 
 
-def test_sync_buffers():
-    """Batch-norm statistics are averaged over the processes; counters are not."""
-    norm = torch.nn.BatchNorm1d(2)
-    norm.running_mean.fill_(3.0)
-    calls = []
+def test_main_process_first(monkeypatch):
+    """Every process does the work itself, once; the others after the first has succeeded."""
+    done = []
 
-    def reduce(tensor, how):
-        calls.append(how)
-        assert tensor.dtype == torch.float64  # equal statistics must stay equal
-        return tensor / 2
+    def work():
+        done.append(1)
+        return len(done)
 
-    net.average_buffers(norm, SimpleNamespace(num_processes=1, reduce=reduce))
-    assert norm.running_mean.tolist() == [3, 3]
-    net.average_buffers(norm, SimpleNamespace(num_processes=2, reduce=reduce))
-    assert norm.running_mean.tolist() == [1.5, 1.5]
-    assert calls == ["mean", "mean"]
+    assert start.main_process_first(PartialState(), work) == 1
+    monkeypatch.setattr(start, "broadcast_object_list", lambda _: done.append(2) or [None, 0])
+    assert start.main_process_first(SimpleNamespace(is_main_process=False), work) == 3
+    assert done == [1, 2, 1]

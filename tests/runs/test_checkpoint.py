@@ -1,4 +1,4 @@
-"""A checkpoint gives back all of a state, or is refused as damaged; an older whole one stays."""
+"""A checkpoint gives back all of a state, or is refused as damaged; an older usable one stays."""
 
 import contextlib
 import copy
@@ -17,7 +17,13 @@ from disk import Disk, full
 from safetensors import SafetensorError
 from torch import nn
 
-from lenslet.runs.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from lenslet.runs.checkpoint import (
+    FORMAT,
+    VERSION,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from lenslet.weights import digest
 
 
@@ -237,35 +243,35 @@ MANIFESTS = {
     "nan": math.nan,
     "text": "manifest",
     "list": [],
-    "pairs": [["version", "1"], ["files", {}]],
+    "pairs": [["version", VERSION], ["files", {}]],
     "empty": {},
-    "version alone": {"version": "1"},
+    "version alone": {"version": VERSION},
     "files alone": {"files": {}},
-    "other version": {"version": "2", "files": {}},
-    "no files": {"version": "1", "files": {}},
-    "files null": {"version": "1", "files": None},
-    "files list": {"version": "1", "files": ["state.json"]},
-    "files text": {"version": "1", "files": "state.json"},
-    "sum null": {"version": "1", "files": {"state.json": None}},
-    "sum number": {"version": "1", "files": {"state.json": 3}},
-    "sum text": {"version": "1", "files": {"state.json": "ab"}},
-    "sum short": {"version": "1", "files": {"state.json": [1]}},
-    "sum long": {"version": "1", "files": {"state.json": [1, 2, 3]}},
-    "sum of none": {"version": "1", "files": {"state.json": [None, None]}},
-    "sum nested": {"version": "1", "files": {"state.json": {"a": 1, "b": 2}}},
-    "other name": {"version": "1", "files": {"gone": [0, ""]}},
-    "no name": {"version": "1", "files": {"": [0, ""]}},
-    "up": {"version": "1", "files": {"..": [0, ""]}},
-    "zero in name": {"version": "1", "files": {"a\0b": [0, ""]}},
-    "surrogate in name": {"version": "1", "files": {"\ud800": [0, ""]}},
-    "long name": {"version": "1", "files": {"a" * 5000: [0, ""]}},
+    "other version": {"version": "3", "files": {}},
+    "no files": {"version": VERSION, "files": {}},
+    "files null": {"version": VERSION, "files": None},
+    "files list": {"version": VERSION, "files": ["state.json"]},
+    "files text": {"version": VERSION, "files": "state.json"},
+    "sum null": {"version": VERSION, "files": {"state.json": None}},
+    "sum number": {"version": VERSION, "files": {"state.json": 3}},
+    "sum text": {"version": VERSION, "files": {"state.json": "ab"}},
+    "sum short": {"version": VERSION, "files": {"state.json": [1]}},
+    "sum long": {"version": VERSION, "files": {"state.json": [1, 2, 3]}},
+    "sum of none": {"version": VERSION, "files": {"state.json": [None, None]}},
+    "sum nested": {"version": VERSION, "files": {"state.json": {"a": 1, "b": 2}}},
+    "other name": {"version": VERSION, "files": {"gone": [0, ""]}},
+    "no name": {"version": VERSION, "files": {"": [0, ""]}},
+    "up": {"version": VERSION, "files": {"..": [0, ""]}},
+    "zero in name": {"version": VERSION, "files": {"a\0b": [0, ""]}},
+    "surrogate in name": {"version": VERSION, "files": {"\ud800": [0, ""]}},
+    "long name": {"version": VERSION, "files": {"a" * 5000: [0, ""]}},
 }
 TEXTS = {
     "digits": b"1" * 5000,
     "not UTF-8": b'{"version": "\xff"}',
     "deep": b"[" * 200_000,
     "two": b"{}{}",
-    "UTF-16": '{"version": "1"}'.encode("utf-16"),
+    "UTF-16": f'{{"version": "{VERSION}"}}'.encode("utf-16"),
     "spaces": b"   ",
 }
 
@@ -274,7 +280,15 @@ TEXTS = {
 def test_other_manifests(two, kind):
     """A manifest of any other shape, or that is no JSON, is damage like any other."""
     path = two / names(two)[1] / "manifest.json"
-    path.write_bytes(TEXTS[kind] if kind in TEXTS else json.dumps(MANIFESTS[kind]).encode())
+    if kind in TEXTS:
+        path.write_bytes(TEXTS[kind])
+    else:
+        manifest = MANIFESTS[kind]
+        if isinstance(manifest, dict):  # nothing else is wrong with it
+            manifest = {"format": FORMAT} | manifest
+            if isinstance(files := manifest.get("files"), dict) and files:
+                manifest["files"] = json.loads(path.read_text())["files"] | files
+        path.write_text(json.dumps(manifest))
     refuse_newest(two)
 
 
@@ -318,7 +332,7 @@ def test_every_byte_of_the_manifest(two):
 
 
 def test_all_are_damaged(two):
-    """With no whole checkpoint there is none, and each one is named, the newest first."""
+    """With no usable checkpoint there is none, and each one is named, the newest first."""
     for name in names(two):
         (two / name / "state.json").write_text("{}")
     path, notes = newest_checkpoint(two)

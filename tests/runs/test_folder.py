@@ -16,9 +16,9 @@ from lenslet.runs import folder as run_folder
 from lenslet.runs.checkpoint import save_checkpoint
 from lenslet.runs.folder import (
     claim,
-    find,
     is_finished,
     lock_unfinished,
+    newest_finished,
     point_latest,
     resume,
     weights_path,
@@ -114,10 +114,12 @@ def test_no_run(tmp_path):
     """A file where the run's folder should be, or above it, is a mistake to mend."""
     (tmp_path / "a").touch()
     for output in (tmp_path / "a", tmp_path / "a" / "b"):
-        with pytest.raises(UserError, match=f"--output {output}"):
+        with pytest.raises(
+            UserError, match=f"^{output} is a file; name a folder|^{output}: cannot be written"
+        ):
             claim(output, alike)
     (tmp_path / "b").symlink_to("nowhere")
-    with pytest.raises(UserError, match=r"--output .*/b is a file: name a folder"):
+    with pytest.raises(UserError, match=r"^/.*/b is a file; name a folder"):
         claim(tmp_path / "b", alike)
 
 
@@ -125,7 +127,7 @@ def test_a_file_in_the_way_of_the_next_number(tmp_path):
     """A file named as the next folder would be is told by its own name."""
     finish(tmp_path / "a")
     (tmp_path / "a-2").touch()
-    with pytest.raises(UserError, match=r"--output .*/a-2 is a file"):
+    with pytest.raises(UserError, match=r"^/.*/a-2 is a file"):
         claim(tmp_path / "a", alike)
 
 
@@ -136,7 +138,7 @@ def test_no_permission(tmp_path):
         tmp_path.chmod(mode)
         try:
             for output in (tmp_path, tmp_path / "b"):
-                with pytest.raises(UserError, match=f"--output {output}"):
+                with pytest.raises(UserError, match=f"^{output}: "):
                     claim(output, alike)
         finally:
             tmp_path.chmod(0o700)
@@ -210,8 +212,11 @@ def test_all_checkpoints_damaged(tmp_path):
     (tmp_path / "a" / "model.safetensors").write_text("of two days")
     run, checkpoint, notes = claim(tmp_path / "a", alike)
     assert (run, checkpoint) == (tmp_path / "a-2", None)
-    assert len(notes) == 3 and all("is damaged" in note for note in notes[:2])
-    assert notes[2].startswith(f"{tmp_path / 'a'} has weights but no whole checkpoint")
+    (note,) = notes
+    parts = note.split("; ")
+    assert len(parts) == 3 and all("cannot be used (" in part for part in parts[:2])
+    assert parts[2].startswith(f"{tmp_path / 'a'} has weights but no usable checkpoint")
+    assert "new run" in parts[2]
     assert (tmp_path / "a" / "model.safetensors").read_text() == "of two days"
 
 
@@ -233,7 +238,7 @@ def test_resumed(tmp_path):
     run, checkpoint, notes = resume(tmp_path / "a")
     assert (run, checkpoint) == (tmp_path / "a", None) and len(notes) == 2
     (tmp_path / "a" / "model.safetensors").touch()
-    with pytest.raises(UserError, match="no whole checkpoint") as caught:
+    with pytest.raises(UserError, match="no usable checkpoint") as caught:
         resume(tmp_path / "a")
     assert str(newest) in str(caught.value) and "\n" not in str(caught.value)
     begin(tmp_path / "b", steps=0)
@@ -289,19 +294,18 @@ def test_is_finished(tmp_path, text, finished):
     assert is_finished(tmp_path) is finished
 
 
-def test_find(tmp_path, monkeypatch):
-    """A run is found by its folder, by anything in it and by runs/latest."""
-    run = tmp_path / "runs" / "a"
-    newest = begin(run)
-    point_latest(run)
-    for path in (run, f"{run}/", newest, newest / "state.json", files.RUNS / "latest"):
-        assert find(str(path)) == run
-    monkeypatch.chdir(run / "checkpoint")
-    assert find(".") == find("..") == run
-    for path in (tmp_path, tmp_path / "runs" / "b", files.RUNS, "/", "/proc/none"):
-        with pytest.raises(UserError, match="no run") as caught:
-            find(str(path))
-        assert f"--resume {path}" in str(caught.value)
+def test_newest_finished(tmp_path):
+    """Of the finished runs the one that ended last, if its options are those asked for."""
+    assert newest_finished(tmp_path / "a") is None
+    for age, name in ((3, "a"), (1, "a-2"), (2, "a-3"), (0, "ab")):
+        finish(tmp_path / name)
+        os.utime(tmp_path / name / "metrics.json", (1e9 - age, 1e9 - age))
+    finish(tmp_path / "a-4", finished=False)
+    begin(tmp_path / "a-5")
+    assert newest_finished(tmp_path / "a") == tmp_path / "a-2"
+    compare = lambda run: "" if run.name == "a-3" else "--lr was 1, now 2"  # noqa: E731
+    assert newest_finished(tmp_path / "a", compare) == tmp_path / "a-3"
+    assert newest_finished(tmp_path / "a", lambda run: "--lr was 1, now 2") is None
 
 
 def test_one_process_trains_in_a_run(tmp_path):
@@ -407,6 +411,44 @@ def test_decoding_processes_do_not_keep_the_lock(tmp_path, method):
     finally:
         holder.kill()
         os.kill(child, signal.SIGKILL)
+
+
+def test_the_newest_checkpoint_of_an_older_version(tmp_path):
+    """A checkpoint of an older version is refused in a line that says so; without weights the run
+    begins again, with weights a new one does.
+    """
+    newest = begin(tmp_path / "a")
+    manifest = json.loads((newest / "manifest.json").read_text())
+    assert manifest["version"] == "4"
+    (newest / "manifest.json").write_text(json.dumps(manifest | {"version": "3"}))
+    run, checkpoint, (note,) = claim(tmp_path / "a", alike)
+    assert (run, checkpoint) == (tmp_path / "a", None)
+    reason = "of another version of this code: 3, not 4"
+    assert note == f"{newest} cannot be used ({reason})"
+    (tmp_path / "a" / "model.safetensors").touch()
+    run, checkpoint, (note,) = claim(tmp_path / "a", alike)
+    assert (run, checkpoint) == (tmp_path / "a-2", None)
+    assert reason in note and "new run" in note
+    with pytest.raises(UserError, match="3, not 4"):
+        resume(tmp_path / "a")
+
+
+@pytest.mark.parametrize("named", ["run", "run/", "run/model.safetensors", "other.safetensors"])
+def test_weights_path(tmp_path, monkeypatch, named):
+    """Weights are named by their run folder or their file; a file need not be there yet."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    named_file = "other.safetensors" if "other" in named else "run/model.safetensors"
+    for prefix in ("", f"{tmp_path}/"):
+        assert str(weights_path(prefix + named)) == prefix + named_file
+
+
+def test_a_folder_without_weights(tmp_path):
+    """Another folder, or a run before its first epoch, is refused by its name."""
+    begin(tmp_path / "a")
+    with pytest.raises(UserError, match=f"^{tmp_path / 'a'}: no model.safetensors in this folder"):
+        weights_path(str(tmp_path / "a"))
 
 
 def test_latest(tmp_path):

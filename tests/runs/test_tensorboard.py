@@ -23,7 +23,7 @@ def in_order(monkeypatch):
     monkeypatch.setattr(event_file_writer, "_global_uid", counter)
 
 
-def shown(folder, tag="loss"):
+def shown(folder, tag="loss/train"):
     """Steps and values of a curve, as TensorBoard reads them."""
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -32,7 +32,7 @@ def shown(folder, tag="loss"):
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def log(curves, steps, value=0.0, tag="loss"):
+def log(curves, steps, value=0.0, tag="loss/train"):
     for step in steps:
         curves.add("scalar", tag, value, step)
 
@@ -63,16 +63,16 @@ def test_many_interruptions(tmp_path):
     for begin, end in ((0, 7), (5, 9), (5, 12), (12, 14), (0, 3), (2, 6)):
         logged = TensorBoard(tmp_path, begin)
         log(logged, range(begin + 1, end + 1), float(end))
-        log(logged, [end], float(begin), "epoch/val")
+        log(logged, [end], float(begin), "accuracy/val")
         logged.close()
         expected = {step: value for step, value in expected.items() if step <= begin}
         expected |= {step: float(end) for step in range(begin + 1, end + 1)}
         assert shown(tmp_path) == sorted(expected.items())
-    assert shown(tmp_path, "epoch/val") == [(6, 2.0)]
+    assert shown(tmp_path, "accuracy/val") == [(6, 2.0)]
 
 
 def test_begun_again(tmp_path):
-    """A run that was killed before its first checkpoint begins its curves and pictures again."""
+    """A run that was killed before its first checkpoint begins its curves and images again."""
     for value in (1.0, 2.0):
         logged = TensorBoard(tmp_path, 0)
         log(logged, range(0, 5), value)
@@ -125,7 +125,7 @@ def test_a_full_disk_costs_points(tmp_path, disk):
     disk.full = True
     log(logged, range(4, 40), 2.0)  # more than the writer's queue holds
     logged.add("text", "note", "words", 40)
-    logged.add_hparams({"lr": 1.0, "model": None}, {"result/loss": 0.5}, 40)
+    logged.add_hparams({"lr": 1.0, "model": None}, {"val_loss": 0.5}, 40)
     disk.full = False
     log(logged, range(40, 42), 3.0)
     logged.flush(41)
@@ -172,7 +172,7 @@ def test_full_at_the_end(tmp_path, disk):
     log(logged, range(1, 3))
     logged.close()
     logged.close()
-    logged.add("scalar", "loss", 1.0, 3)
+    logged.add("scalar", "loss/train", 1.0, 3)
 
 
 class Failing:
@@ -224,13 +224,51 @@ def test_hyper_parameters(tmp_path):
     logged = TensorBoard(tmp_path, 0)
     log(logged, range(1, 4))
     options = {"lr": 0.1, "epochs": 2, "model": None, "mean": [0.1, 0.2], "deterministic": False}
-    logged.add_hparams(options, {"result/val_accuracy": 0.75}, 3)
+    record = {"epoch": 2, "lr": 0.1, "train_loss": 0.5, "val_accuracy": 0.75, "seconds": 9.0}
+    logged.add_hparams(options, record, 3)
     logged.close()
     assert [path.is_file() for path in tmp_path.rglob("*")] == [True]
     assert shown(tmp_path, "result/val_accuracy") == [(3, 0.75)]
+    assert shown(tmp_path, "result/train_loss") == [(3, 0.5)]
+    assert not shown(tmp_path, "result/epoch") and not shown(tmp_path, "result/seconds")
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(events.summary_metadata)
+
+
+def test_epochs(tmp_path):
+    """An epoch's figures have the tags under which TensorBoard puts training and validation of the
+    same figure side by side; what was not measured is not shown.
+    """
+    logged = TensorBoard(tmp_path, 0)
+    record = {"epoch": 1, "step": 4, "train_loss": 0.5, "train_accuracy": 0.75, "lr": 0.1}
+    record |= {"images_per_second": 99.0, "seconds": 2.0, "weights_sha256": "0"}
+    logged.add_epoch(record, 4)
+    validated = {"train_accuracy": 1.0, "val_accuracy": 0.25, "val_loss": 2.0, "val_f1": 0.125}
+    logged.add_epoch(record | validated, 8)
+    logged.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    curves = {tag: shown(tmp_path, tag) for tag in events.Tags()["scalars"]}
+    assert curves == {
+        "accuracy/train": [(4, 0.75), (8, 1.0)],
+        "accuracy/val": [(8, 0.25)],
+        "loss/val": [(8, 2.0)],
+        "metrics/val_f1": [(8, 0.125)],
+        "speed/images_per_second": [(4, 99.0), (8, 99.0)],
+    }
+
+
+def test_without_a_folder(tmp_path, monkeypatch):
+    """The other processes of a run log nothing, whatever they are asked to."""
+    monkeypatch.chdir(tmp_path)
+    logged = TensorBoard(None, 0)
+    log(logged, range(3))
+    logged.add_epoch({"val_loss": 1.0}, 3)
+    logged.add_hparams({"lr": 1.0}, {"val_loss": 1.0}, 3)
+    logged.flush(3)
+    logged.close()
+    assert logged.writer is None and not list(tmp_path.iterdir())
 
 
 SCRIPT = """
@@ -242,11 +280,11 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 curves = TensorBoard(Path(sys.argv[1]), 0)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 for step in range(1, 60):
-    curves.add("scalar", "loss", 1.0, step)
+    curves.add("scalar", "loss/train", 1.0, step)
     curves.flush(step)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 curves.flush(step)
-curves.add("scalar", "loss", 2.0, 60)
+curves.add("scalar", "loss/train", 2.0, 60)
 curves.close()
 """
 
