@@ -6,15 +6,26 @@ from argparse import ArgumentTypeError
 from lenslet.cli import number
 from lenslet.errors import nearest
 
-# Schedules, and what their numbers are and default to.
+
+def _increasing(text: str) -> list[float]:
+    """'30,60' as [30.0, 60.0]."""
+    epochs = [number(float, 0, above=True)(word) for word in text.split(",")]
+    if sorted(set(epochs)) != epochs:
+        raise ArgumentTypeError(f"{text!r}: the epochs must increase")
+    return epochs
+
+
+_epochs, _share = number(float, 0.01), number(float, 0, 1, above=True)
+# Each schedule's numbers: how one is read, and its default, in capitals if it must be given.
 SCHEDULES = {
     "constant": (),
     "cosine": (),
     "linear": (),
-    "step": ("epochs", 0.1),
-    "multistep": ("epochs,epochs", 0.1),
-    "restarts": ("epochs", 2),
-    "plateau": (0.1, 3),
+    "step": ((_epochs, "EPOCHS"), (_share, "0.1")),
+    "multistep": ((_increasing, "EPOCHS,EPOCHS"), (_share, "0.1")),
+    # Cycles that shrank, or took no time, would never end.
+    "restarts": ((_epochs, "EPOCHS"), (number(float, 1, 100), "2")),
+    "plateau": ((_share, "0.1"), (number(int, 0), "3")),
     "onecycle": (),
 }
 
@@ -26,23 +37,11 @@ def parse_schedule(text: str) -> tuple[str, list]:
         raise ArgumentTypeError(
             f"no schedule {text!r}{nearest(name, SCHEDULES)}: {', '.join(SCHEDULES)}"
         )
-    wanted = SCHEDULES[name]
-    needed = sum(isinstance(value, str) for value in wanted)
-    if not needed <= len(given) <= len(wanted):
-        form = ":".join([name, *("EPOCHS" if isinstance(x, str) else str(x) for x in wanted)])
-        raise ArgumentTypeError(f"{text!r} should look like {form}")
-    words = [*given, *map(str, wanted[len(given) :])]
-    if name == "multistep":
-        epochs = [number(float, 0, above=True)(word) for word in words[0].split(",")]
-        if sorted(set(epochs)) != epochs:
-            raise ArgumentTypeError(f"{text!r}: its epochs must increase")
-        return name, [epochs, number(float, 0, 1, above=True)(words[1])]
-    if name == "plateau":
-        return name, [number(float, 0, 1, above=True)(words[0]), number(int, 0)(words[1])]
-    # Cycles that shrank, or took no time, would never end.
-    factor = number(float, 1, 100) if name == "restarts" else number(float, 0, 1, above=True)
-    kinds = [number(float, 0.01), factor]
-    return name, [kind(word) for kind, word in zip(kinds, words, strict=False)]
+    defaults = [default for _, default in SCHEDULES[name]]
+    words = given + defaults[len(given) :]
+    if len(words) > len(defaults) or any(word.isupper() for word in words[len(given) :]):
+        raise ArgumentTypeError(f"{text!r} should look like {':'.join([name, *defaults])}")
+    return name, [read(word) for (read, _), word in zip(SCHEDULES[name], words, strict=True)]
 
 
 class Schedule:
@@ -100,7 +99,7 @@ class Schedule:
                 since, length = since - length, length * growth
             return _half_cosine(since / length)
         if self.name == "plateau":
-            return self.numbers[0] ** times_reduced(scores, self.numbers[1], self.min_delta)
+            return self.numbers[0] ** _count_plateaus(scores, self.min_delta, self.numbers[1])[1]
         return 1.0
 
     def apply(self, optimizer, step: int, scores: list[float]) -> float:
@@ -121,12 +120,8 @@ class Schedule:
         if self.name != "onecycle":
             return None
         rise = self.rise(total)
-        high = (
-            _half_cosine(progress / rise)
-            if progress < rise
-            else _half_cosine((1 - progress) / (1 - rise))
-        )
-        return 0.85 + 0.1 * high
+        away = progress / rise if progress < rise else (1 - progress) / (1 - rise)
+        return 0.85 + 0.1 * _half_cosine(away)  # away from either end, where it is high
 
     def rise(self, total: int) -> float:
         """The share of all steps that the warm-up takes; more than 1 where it does not end."""
@@ -140,11 +135,18 @@ def _half_cosine(done: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * done)
 
 
-def times_reduced(scores: list[float], patience: int, min_delta: float = 0.0) -> int:
-    """How many times `patience` + 1 validations in a row have not beaten the best one before.
+def epochs_without_progress(scores: list[float], min_delta: float = 0.0) -> int:
+    """Validations since the last one that was better than all before by more than min_delta."""
+    return _count_plateaus(scores, min_delta)[0]
 
-    As torch.optim.lr_scheduler.ReduceLROnPlateau counts.  scores: larger is better; one is better
-    if it is so by more than min_delta.
+
+def _count_plateaus(
+    scores: list[float], min_delta: float, patience: float = math.inf
+) -> tuple[int, int]:
+    """Validations since the last better one, and how often they became more than `patience`.
+
+    They are counted from 0 again then, as torch.optim.lr_scheduler.ReduceLROnPlateau does.
+    scores: larger is better; one is better if it is so by more than min_delta.
     """
     best, waited, times = -math.inf, 0, 0
     for score in scores:
@@ -153,14 +155,4 @@ def times_reduced(scores: list[float], patience: int, min_delta: float = 0.0) ->
             best, waited = score, 0
         elif waited > patience:
             waited, times = 0, times + 1
-    return times
-
-
-def epochs_without_progress(scores: list[float], min_delta: float = 0.0) -> int:
-    """Validations since the last one that was better than all before by more than min_delta."""
-    best, waited = -math.inf, 0
-    for score in scores:
-        waited += 1
-        if score > best + min_delta:
-            best, waited = score, 0
-    return waited
+    return waited, times
