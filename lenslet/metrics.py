@@ -87,6 +87,7 @@ def figures(rows: Tensor, classes: int) -> dict:
     precision = hits / guessed.clamp(min=1)
     recall = hits / actual.clamp(min=1)
     f1 = 2 * hits / (actual + guessed).clamp(min=1)
+    columns = (values.tolist() for values in (actual, precision, recall, f1))
     return {
         "images": len(rows),
         "loss": loss.mean().item(),
@@ -97,9 +98,7 @@ def figures(rows: Tensor, classes: int) -> dict:
         "macro_f1": f1.mean().item(),
         "per_class": [
             {"images": n, "accuracy": r, "precision": p, "recall": r, "f1": f}
-            for n, p, r, f in zip(
-                actual.tolist(), precision.tolist(), recall.tolist(), f1.tolist(), strict=True
-            )
+            for n, p, r, f in zip(*columns, strict=True)
         ],
         "confusion": confusion.tolist(),
     }

@@ -36,12 +36,9 @@ class Augment:
             from torchvision.transforms import v2  # takes a second
 
             fill = [round(255 * value) for value in fill]
-            if kind == "trivial":
-                self.each.append(v2.TrivialAugmentWide(fill=fill))
-            if kind == "rand":
-                self.each.append(v2.RandAugment(fill=fill))
-            if erase:
-                self.each.append(v2.RandomErasing(erase, value=fill))
+            self.each += [v2.TrivialAugmentWide(fill=fill)] if kind == "trivial" else []
+            self.each += [v2.RandAugment(fill=fill)] if kind == "rand" else []
+            self.each += [v2.RandomErasing(erase, value=fill)] if erase else []
             self.mixers += [v2.MixUp(alpha=mixup)] if mixup else []
             self.mixers += [v2.CutMix(alpha=cutmix)] if cutmix else []
 

@@ -1,5 +1,6 @@
 """What training minimizes: the loss of each image, times how much the image weighs."""
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -88,8 +89,10 @@ def image_weights(path: str | None, name: str, split: Split) -> tuple[Tensor, st
         raise UserError("has no rows with the columns file and weight")
     place = {file: i for i, file in enumerate(split.names)}
     for line, row in enumerate(rows, 2):
-        file, weight = row["file"], _weight(row["weight"])
-        if weight is None:
+        file, weight = row["file"], -1.0
+        with contextlib.suppress(ValueError):
+            weight = float(row["weight"])
+        if not 0 <= weight < float("inf"):
             raise UserError(f"line {line}: {row['weight']!r} is not a weight of 0 or more")
         if file in place:
             weights[place[file]] = weight
@@ -98,15 +101,6 @@ def image_weights(path: str | None, name: str, split: Split) -> tuple[Tensor, st
     if not weights.any():
         raise UserError("no training image has a weight above 0")
     return weights, hashlib.sha256(text.encode()).hexdigest()
-
-
-def _weight(text: str | None) -> float | None:
-    """A finite number of 0 or more; None for anything else."""
-    try:
-        weight = float(text)
-    except (TypeError, ValueError):
-        return None
-    return weight if 0 <= weight < float("inf") else None
 
 
 def _is_image(file: str, name: str, split: Split) -> bool:

@@ -40,12 +40,7 @@ def decayed_parameters(network: nn.Module) -> list[nn.Parameter]:
 
 
 def create_optimizer(
-    name: str,
-    network: nn.Module,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    nesterov: bool = False,
+    name: str, network: nn.Module, lr: float, momentum: float, weight_decay: float, nesterov=False
 ) -> torch.optim.Optimizer:
     """The optimizer of a network's trainable parameters; biases and norms are never decayed.
 
@@ -81,7 +76,11 @@ def create_optimizer(
     except (ImportError, AssertionError, RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split()) or "it needs a package that is not installed"
         raise UserError(f"cannot be used here: {reason}") from error
-    _refuse_what_cannot_resume(optimizer)
+    # These are refused by what they do, as timm will have others.
+    if getattr(innermost(optimizer), "is_second_order", False):
+        raise UserError("it needs second derivatives, which training does not compute")
+    if hasattr(innermost(optimizer), "rng") or hasattr(innermost(optimizer), "generator"):
+        raise UserError("it draws random numbers of its own, which a resumed run cannot repeat")
     return optimizer
 
 
@@ -89,15 +88,6 @@ def innermost(optimizer):
     """The optimizer that Accelerate's, and Lookahead around it, wrap."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     return getattr(optimizer, "_base_optimizer", optimizer)
-
-
-def _refuse_what_cannot_resume(optimizer) -> None:
-    """Errors: UserError for an optimizer that train.py's step cannot serve, by what it does."""
-    inner = innermost(optimizer)
-    if getattr(inner, "is_second_order", False):
-        raise UserError("it needs second derivatives, which training does not compute")
-    if hasattr(inner, "rng") or hasattr(inner, "generator"):
-        raise UserError("it draws random numbers of its own, which a resumed run cannot repeat")
 
 
 def l1_penalty(network: nn.Module, strength: float):
