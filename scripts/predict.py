@@ -16,25 +16,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import _root  # noqa: F401
-from lenslet.cli import Parser, add_weights_option, create_parser, number, parse
+from lenslet.cli import add_weights_option, create_parser, number, parse
 from lenslet.errors import UserError, run_main
 
 BATCH = 64  # images
 
 
-def build_parser() -> Parser:
-    parser = create_parser(__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or patterns")
-    add_weights_option(parser)
-    parser.add_argument(
-        "--top", type=number(int, 1), default=1, metavar="K", help="likeliest classes (default: 1)"
-    )
-    parser.add_argument("--format", choices=["text", "csv", "json"], default="text")
-    return parser
-
-
 def main(argv=None) -> int:
-    args = parse(build_parser(), argv)
+    parser = create_parser(__doc__)
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="files, folders or patterns")
+    add_weights_option(parser)
+    help = "likeliest classes (default: 1)"
+    add("--top", type=number(int, 1), default=1, metavar="K", help=help)
+    add("--format", choices=["text", "csv", "json"], default="text")
+    args = parse(parser, argv)
 
     # These take a second or two to import, which --help and a misspelt option need not wait for;
     # each function below imports what only it needs.
@@ -59,12 +55,11 @@ def find(words: list[str]) -> list[str]:
 
     found = []
     for word in words:
+        files = [word]
         if Path(word).is_dir():
             files = [str(path) for path in find_images(word)[0]]
         elif not Path(word).exists() and glob.has_magic(word):
             files = [f for f in sorted(glob.glob(word, recursive=True)) if Path(f).is_file()]
-        else:
-            files = [word]
         if not files:
             raise UserError(f"{word}: no images there")
         found += files
@@ -77,9 +72,9 @@ def describe(weights: Path, header: dict) -> str:
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
     age = max(0, time.time() - path.stat().st_mtime)
-    units = [("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)]
-    unit, length = next((u for u in units if age >= u[1]), units[-1])
-    count = int(age // length)
+    units = {"day": 86400, "hour": 3600, "minute": 60, "second": 1}
+    unit = next((unit for unit, length in units.items() if age >= length), "second")
+    count = int(age // units[unit])
     ago = f"{count} {unit}{'' if count == 1 else 's'} ago"
     return f"{path} ({Path(header['data']).name}, {header['model']}, trained {ago})"
 
@@ -93,23 +88,21 @@ def predict(model, prepare, header: dict, files: list[str], top: int) -> Iterato
 
     from lenslet.data.decode import UnreadableImage, read_image
 
-    size, classes = tuple(header["image_size"]), header["classes"]
+    reading = header["channels"], tuple(header["image_size"]), header["crop"]
     for start in range(0, len(files), BATCH):
-        read = {}  # row → image; a file may be named twice
-        for i in range(start, min(start + BATCH, len(files))):
+        names, images = [], []  # images: uint8 [C, H, W] each
+        for file in files[start : start + BATCH]:
             try:
-                pixels = read_image(files[i], header["channels"], size, header["crop"])
-                read[i] = torch.from_numpy(pixels).permute(2, 0, 1)
+                images.append(torch.from_numpy(read_image(file, *reading)).permute(2, 0, 1))
+                names.append(file)
             except UnreadableImage as error:
                 print(f"error: {error}", file=sys.stderr)
-        if not read:
+        if not names:
             continue
         with torch.inference_mode():
-            images = torch.stack(list(read.values()))  # uint8 [B, C, H, W]
-            best = model(prepare(images)).softmax(1).topk(top)
-        ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        for i, (indices, values) in zip(read, ranked, strict=True):
-            yield files[i], [(classes[k], p) for k, p in zip(indices, values, strict=True)]
+            best = model(prepare(torch.stack(images))).softmax(1).topk(top)
+        for file, *ranked in zip(names, best.indices.tolist(), best.values.tolist(), strict=True):
+            yield file, [(header["classes"][k], p) for k, p in zip(*ranked, strict=True)]
 
 
 def write(answers: Iterable[tuple[str, list]], form: str, top: int) -> int:

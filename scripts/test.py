@@ -13,37 +13,26 @@ from functools import partial
 from pathlib import Path
 
 import _root  # noqa: F401
-from lenslet.cli import (
-    Parser,
-    add_running_options,
-    add_weights_option,
-    command,
-    create_parser,
-    number,
-    parse,
-)
+from lenslet import cli
 from lenslet.errors import UserError, error_context, run_main
 
 
-def build_parser() -> Parser:
-    parser = create_parser(__doc__)
-    add_weights_option(parser)
-    parser.add_argument(
-        "--data", help="a set or folder with the same classes (default: trained on)"
-    )
+def build_parser() -> cli.Parser:
+    parser = cli.create_parser(__doc__)
+    cli.add_weights_option(parser)
+    add = parser.add_argument
+    add("--data", help="a set or folder with the same classes (default: trained on)")
     help = "images at a time, over all processes (default: four times what was trained with)"
-    parser.add_argument("-b", "--batch-size", metavar="N", type=number(int, 1), help=help)
-    parser.add_argument(
-        "--output", metavar="DIR", help="folder of report/ and samples/ (default: the weights')"
-    )
+    add("-b", "--batch-size", metavar="N", type=cli.number(int, 1), help=help)
+    add("--output", metavar="DIR", help="folder of report/ and samples/ (default: the weights')")
     help = "also average over shifted and mirrored copies, as far as training made such"
-    parser.add_argument("--tta", action="store_true", help=help)
-    add_running_options(parser)
+    add("--tta", action="store_true", help=help)
+    cli.add_running_options(parser)
     return parser
 
 
 def main(argv=None):
-    args = parse(build_parser(), argv)
+    args = cli.parse(build_parser(), argv)
 
     # These take seconds to import, which --help and a misspelt option need not wait for.
     from lenslet.analysis.report import figures_table, summary, write_report, write_samples
@@ -65,16 +54,15 @@ def main(argv=None):
 
     # The images: the first process inspects the files of a folder, the others read what it found.
     workers = start.decoding_workers(trained["workers"] if args.workers is None else args.workers)
-    data, split = start.main_process_first(
-        state, lambda: open_split(args, weights, header, workers)
-    )
+    opened = partial(open_split, args, weights, header, workers)
+    data, split = start.main_process_first(state, opened)
     part = data.splits[split]
     for note in data.notes:
         accelerator.print(note)
     if args.tta:
         check_tta(trained["augment"], part.in_memory)
     output = Path(args.output) if args.output else weights.parent
-    start.from_main_process(state, lambda: make_folders(output))
+    start.from_main_process(state, partial(make_folders, output))
 
     # One pass over them, and with --tta a second one.
     rank, world = state.process_index, state.num_processes
@@ -96,8 +84,10 @@ def main(argv=None):
         samples = write_samples(output / "samples", data, split)
         print(figures_table(result, data.classes))
         print(summary(result, split))
+        if args.tta:
+            print(summary(result["tta"], "averaged over shifted and mirrored copies (--tta):"))
         print(f"report: {output / 'report'}")
-        print(f"next: {command('predict.py', samples[-1])}")
+        print(f"next: {cli.command('predict.py', samples[-1])}")
     accelerator.wait_for_everyone()  # without it gloo now and then aborts while shutting down
     accelerator.end_training()
 
@@ -112,30 +102,22 @@ def open_split(args, weights: Path, header: dict, workers: int) -> tuple:
     from lenslet.data.sets import is_set
 
     name, trained = args.data or header["data"], header["options"]
+    how = {"val": trained["val"], "like": header, "workers": workers}
+    how["skip_broken"] = args.skip_broken or trained["skip_broken"]
+    if not args.data:
+        how |= {key: trained.get(key) for key in ("fold", "limit")}
     with error_context(f"--data {name}" if args.data else f"the data of {weights}, {name}"):
         if not (args.data or is_set(name) or find_folder(name).is_dir()):
             raise UserError("no such folder; give --data")
         for split in ("test", "val"):
-            data = load(
-                name,
-                [split],
-                val=trained["val"],
-                fold=None if args.data else trained.get("fold"),
-                limit=None if args.data else trained.get("limit"),
-                like=header,
-                skip_broken=args.skip_broken or trained["skip_broken"],
-                workers=workers,
-            )
+            data = load(name, [split], **how)
             if data.splits:
                 break
         else:
             raise UserError("no test/ and no val/ images; add a test/ folder")
     if split == "val":
-        note = f"{data.name} has no test images: these are the validation images"
-        chosen = (
-            ", by which the weights were chosen" if trained["val"] or trained.get("fold") else ""
-        )
-        data.notes.append(note + chosen)
+        why = ", by which the weights were chosen" if trained["val"] or trained.get("fold") else ""
+        data.notes.append(f"{name} has no test images: these are the validation images{why}")
     return data, split
 
 

@@ -71,42 +71,32 @@ def predictions_csv(rows: Tensor, names: list[str], classes: list[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "label", "prediction", "probability"])
-    for index, label, predicted, _, probability, _ in rows.tolist():
-        writer.writerow(
-            [names[int(index)], classes[int(label)], classes[int(predicted)], f"{probability:.6f}"]
-        )
+    for i, label, predicted, _, probability, _ in rows.tolist():
+        answer = classes[int(label)], classes[int(predicted)], f"{probability:.6f}"
+        writer.writerow([names[int(i)], *answer])
     return text.getvalue()
 
 
 def figures_table(result: dict, classes: list[str]) -> str:
     """The figures of every class and of all, to read."""
     width = max(8, *(len(name) for name in classes))
+    means = {key: result[f"macro_{key}"] for key in ("precision", "recall", "f1")}
+    whole = {"images": result["images"], "accuracy": result["top1"], **means}
     lines = [f"{'class':{width}}  images  accuracy  precision  recall      F1"]
-    for name, row in zip(classes, result["per_class"], strict=True):
+    for name, row in zip([*classes, "all"], [*result["per_class"], whole], strict=True):
         lines.append(
             f"{name:{width}}  {row['images']:6,}  {row['accuracy']:8.2%}  {row['precision']:9.2%}  "
             f"{row['recall']:6.2%}  {row['f1']:6.2%}"
         )
-    lines.append(
-        f"{'all':{width}}  {result['images']:6,}  {result['top1']:8.2%}  "
-        f"{result['macro_precision']:9.2%}  {result['macro_recall']:6.2%}  "
-        f"{result['macro_f1']:6.2%}   (macro means)"
+    return "\n".join(lines) + "   (macro means)"
+
+
+def summary(result: dict, name: str) -> str:
+    """A line with the figures of all images together; name: what they are of."""
+    return (
+        f"{name} accuracy {result['top1']:.2%}, top-5 {result['top5']:.2%}, "
+        f"loss {result['loss']:.4f}, {result['images']:,} images"
     )
-    return "\n".join(lines)
-
-
-def summary(result: dict, split: str) -> str:
-    """The figures of a whole split in a line, and those of --tta in another."""
-    lines = [
-        f"{split} accuracy {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss "
-        f"{result['loss']:.4f}, {result['images']:,} images"
-    ]
-    if same := result.get("tta"):
-        lines.append(
-            f"averaged over shifted and mirrored copies (--tta): accuracy {same['top1']:.2%}, "
-            f"top-5 {same['top5']:.2%}, loss {same['loss']:.4f}"
-        )
-    return "\n".join(lines)
 
 
 def draw_confusion(counts: Tensor, classes: list[str]) -> Tensor:
@@ -127,24 +117,24 @@ def draw_confusion(counts: Tensor, classes: list[str]) -> Tensor:
     sheet = Image.new("RGB", (margin + count * side + line,) * 2, "white")
     sheet.paste(cells.resize((count * side,) * 2, Image.Resampling.NEAREST), (margin, margin))
 
-    # Pillow writes from left to right only: the sheet is turned for the names of the columns.
-    draw, middle = ImageDraw.Draw(sheet), margin + count * side / 2
-    draw.rectangle((margin - 1, margin - 1, *(margin + count * side,) * 2), outline="silver")
-    draw.text((middle, line / 2), "predicted class", "black", font, anchor="mm")
-    for i, name in enumerate(names):
-        at = margin + (i + 0.5) * side
-        draw.text((margin - 6, at), name, "black", font, anchor="rm")
-        for j in range(count):
-            colour = "white" if share[i, j] > 0.6 else "black"
-            text = f"{counts[i, j]}" if counts[i, j] else ""
-            draw.text((margin + (j + 0.5) * side, at), text, colour, font, anchor="mm")
-    sheet = sheet.rotate(-90)
+    # Pillow writes from left to right only, so the sheet is turned for the names of the columns.
+    outline = (margin - 1, margin - 1, *(margin + count * side,) * 2)
+    ImageDraw.Draw(sheet).rectangle(outline, outline="silver")
+    for title, anchor in (("predicted class", "rm"), ("true class", "lm")):
+        draw, edge, middle = ImageDraw.Draw(sheet), margin - 6, margin + count * side / 2
+        if anchor == "lm":
+            edge, middle = sheet.width - edge, sheet.width - middle
+        draw.text((middle, line / 2), title, "black", font, anchor="mm")
+        for i, name in enumerate(names):
+            draw.text((edge, margin + (i + 0.5) * side), name, "black", font, anchor=anchor)
+        sheet = sheet.rotate(-90)
+    sheet = sheet.rotate(180)
     draw = ImageDraw.Draw(sheet)
-    draw.text((sheet.width - middle, line / 2), "true class", "black", font, anchor="mm")
-    for i, name in enumerate(names):
-        at = margin + (i + 0.5) * side
-        draw.text((sheet.width - margin + 6, at), name, "black", font, anchor="lm")
-    return torch.from_numpy(np.array(sheet.rotate(90))).permute(2, 0, 1)
+    for i, j in counts.nonzero().tolist() if names else []:
+        colour = "white" if share[i, j] > 0.6 else "black"
+        at = margin + (j + 0.5) * side, margin + (i + 0.5) * side
+        draw.text(at, f"{counts[i, j]}", colour, font, anchor="mm")
+    return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
 
 
 def _shortened(name: str, font, width: int) -> str:
