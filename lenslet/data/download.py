@@ -1,15 +1,13 @@
-"""Archives from several sources: resumed at any byte, checked, and never under their name before.
+"""Archives from several sources: resumed at any byte, and given their name only when checked.
 
-`download()` and `read_local()` give the checked content of the archives that a set in sources.py
-names, `download_file()` any one file; the three are all that is used from outside.
+`download()` and `read_local()` return the checked content of the archives of a set in sets.yaml,
+`download_file()` fetches any one file; only these, and digest(), are used from outside.
 """
 
-import gzip
+import contextlib
 import hashlib
 import http.client
-import io
 import itertools
-import math
 import queue
 import re
 import sys
@@ -23,40 +21,40 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from lenslet.errors import OutsideError, UserError
+from lenslet.errors import OutsideError, UserError, error_context
 
-FLOOR = 200_000  # bytes/s: a source slower than this is left while another may be faster
+FLOOR = 200_000  # bytes/s: a slower source is abandoned while another may be faster
 WINDOW = 10.0  # s over which that speed is measured
 STALL = 10.0  # s without a byte
 GRACE = 1.0  # s that the other sources have to answer once one has
 BAR = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}  # None: terminals only
 
 
-class Mismatch(Exception):
+class Mismatch(UserError):
     """Bytes that are not the ones expected; says what was found and what was expected."""
 
 
-class Left(Exception):
-    """Why a source does not serve, in a few words."""
+class Unavailable(Exception):
+    """Why a source does not serve a file, in a few words."""
 
 
 def read_local(spec: dict, source: Path) -> dict[str, bytes]:
-    """{archive: content} from a folder, or from the archive itself where the set has one only."""
-    alone = source.is_file() and len(spec["archives"]) == 1
+    """{archive: content} from a folder, or from the archive itself where the set has one only.
+
+    Errors: UserError for archives that are missing or wrong.
+    """
+    single = source.is_file() and len(spec["archives"]) == 1
     folder = source.parent if source.is_file() else source
     contents, missing = {}, []
     for file, checks in spec["archives"].items():
-        names = [source] if alone else [folder / file, folder / file.removesuffix(".gz")]
-        path = next(filter(Path.is_file, names), None)
-        try:
-            if path:
+        paths = [source] if single else [folder / file, folder / file.removesuffix(".gz")]
+        if path := next(filter(Path.is_file, paths), None):
+            with error_context(path.name):
                 contents[file] = unwrap(path.read_bytes(), checks)
-            else:
-                missing.append(file)
-        except Mismatch as error:
-            raise UserError(f"--source {path}: {error}") from None
+        else:
+            missing.append(file)
     if missing:
-        raise UserError(f"--source {source}: {', '.join(missing)} missing there")
+        raise UserError(f"{', '.join(missing)} missing there")
     return contents
 
 
@@ -68,8 +66,8 @@ def unwrap(blob: bytes, checks: dict) -> bytes:
     _compare(blob, checks, "")
     if "unpacked_size" in checks and blob.startswith(b"\x1f\x8b"):
         try:  # no more than one byte too many: a small file can unpack to any size
-            blob = gzip.GzipFile(fileobj=io.BytesIO(blob)).read(checks["unpacked_size"] + 1)
-        except (OSError, EOFError, zlib.error) as error:
+            blob = zlib.decompressobj(wbits=31).decompress(blob, checks["unpacked_size"] + 1)
+        except zlib.error as error:
             raise Mismatch(f"broken gzip file ({error})") from None
     _compare(blob, checks, "unpacked_")
     return blob
@@ -87,25 +85,25 @@ def digest(kind: str, blob: bytes) -> str:
     return hashlib.new(kind, blob, usedforsecurity=False).hexdigest()
 
 
-def download(spec: dict, source: str | None, aside: Path, patience: float) -> dict[str, bytes]:
-    """{archive: content}; what arrives is kept in the folder aside, parts as *.part."""
+def download(spec: dict, source: str | None, folder: Path, patience: float) -> dict[str, bytes]:
+    """{archive: content}; what arrives is kept in the folder, incomplete archives as *.part."""
     sources = spec["sources"]
     if source:
         file = next((file for file in spec["archives"] if source.endswith("/" + file)), "")
         sources = [source.removesuffix(file).rstrip("/") + "/"]
-    aside.mkdir(exist_ok=True)
-    contents, answers = {}, {}
+    folder.mkdir(exist_ok=True)
+    contents, problems = {}, {}
     for file, checks in spec["archives"].items():
         try:
-            contents[file] = unwrap((aside / file).read_bytes(), checks)
+            contents[file] = unwrap((folder / file).read_bytes(), checks)
         except (FileNotFoundError, Mismatch):
-            answers = answers or _search(sources, file, checks, patience)
-            contents[file] = _fetch(file, checks, answers, aside)
+            problems = problems or _search(sources, file, checks, patience)
+            contents[file] = _fetch(file, checks, problems, folder)
     return contents
 
 
 def download_file(url: str, folder: Path) -> Path:
-    """The file that a URL names, in folder: fetched once, from where an earlier call broke off.
+    """The file that a URL names, in folder: fetched once, and resumed where a call broke off.
 
     Two URLs never share a name: a hash of the URL stands before the file's own.  Where that ends in
     a hash, as torch.hub's do (resnet18-f37072fd.pth), the content must agree with it.
@@ -117,12 +115,12 @@ def download_file(url: str, folder: Path) -> Path:
     part = path.with_name(f"{path.name}.part")
     if path.exists():
         return path
-    answer = "not asked yet"
-    while answer:
+    problem = "not tried yet"
+    while problem:
         before = _size(part)
-        _, answer = _transfer(url, part, {}, 0)
-        if answer and _size(part) <= before:  # one that breaks off may bring more the next time
-            raise OutsideError(f"{url}: {answer}; fetch it otherwise, and give the file")
+        _, problem = _transfer(url, part, {}, 0)
+        if problem and _size(part) <= before:  # one that breaks off may bring more the next time
+            raise OutsideError(f"{url}: {problem}; download it otherwise, and give the file")
     named = re.search(r"-([0-9a-f]{8,})\.", file)
     if named and not digest("sha256", part.read_bytes()).startswith(named[1]):
         part.unlink()
@@ -132,10 +130,10 @@ def download_file(url: str, folder: Path) -> Path:
 
 
 def _search(sources: list[str], file: str, checks: dict, patience: float) -> dict[str, str]:
-    """{source: '' or what is wrong with it}, those that answer first, after `patience` at most.
+    """{source: its problem, '' for none}, those that serve first, after `patience` at most.
 
     All are asked at once, each in a thread that is never waited for: even a look-up of a host's
-    name can hang.  Errors: OutsideError when none answers.
+    name can hang.  Errors: OutsideError when none serves.
     """
     replies = queue.Queue()
 
@@ -144,123 +142,115 @@ def _search(sources: list[str], file: str, checks: dict, patience: float) -> dic
             # Longer than the deadline below, which alone says that there was no answer.
             _open(source + file, checks, 0, patience + GRACE)[0].close()
             replies.put((source, ""))
-        except Left as error:
+        except Unavailable as error:
             replies.put((source, str(error)))
 
     for source in sources:
         threading.Thread(target=ask, args=[source], daemon=True).start()
     deadline = time.monotonic() + patience
-    answers = dict.fromkeys(sources, "no answer")
-    for _ in sources:
-        try:
-            source, answer = replies.get(timeout=max(0, deadline - time.monotonic()))
-        except queue.Empty:
-            break
-        answers[source] = answer
-        if not answer:
-            deadline = min(deadline, time.monotonic() + GRACE)
-    if all(answers.values()):
-        raise _exhausted(file, answers)
-    for source, answer in answers.items():
-        if answer:
-            _tell(file, source, answer)
-    return dict(sorted(answers.items(), key=lambda item: bool(item[1])))
+    problems = dict.fromkeys(sources, "no answer")
+    with contextlib.suppress(queue.Empty):
+        for _ in sources:
+            source, problem = replies.get(timeout=max(0, deadline - time.monotonic()))
+            problems[source] = problem
+            if not problem:
+                deadline = min(deadline, time.monotonic() + GRACE)
+    if all(problems.values()):
+        raise _exhausted(file, problems)
+    for source, problem in problems.items():
+        if problem:
+            _report(file, source, problem)
+    return dict(sorted(problems.items(), key=lambda item: bool(item[1])))
 
 
-def _fetch(file: str, checks: dict, answers: dict[str, str], aside: Path) -> bytes:
-    """The content of one archive, from the first source that sends it whole and right.
+def _fetch(file: str, checks: dict, problems: dict[str, str], folder: Path) -> bytes:
+    """The content of one archive, from the first source that sends all of it unaltered.
 
-    One that is slow, stalls or breaks off is left for the next, which goes on from there.  The
+    One that is slow, stalls or breaks off is abandoned for the next, which resumes there.  The
     next rounds, two in all and more while they bring something new, begin with the source that
-    was fastest and leave none for being slow.  Errors: OutsideError when they bring nothing.
+    was fastest and abandon none for being slow.  Errors: OutsideError when they bring nothing.
     """
-    speeds = dict.fromkeys(answers, 0.0)  # bytes/s
+    speeds = dict.fromkeys(problems, 0.0)  # bytes/s
     furthest = 0
     for turn in itertools.count():
         before = furthest
         sources = sorted(speeds, key=speeds.get, reverse=True)  # stable: first in their own order
         while sources:
             source = sources.pop(0)
-            part = aside / f"{file}.part"
+            part = folder / f"{file}.part"
             if "unpacked_sha256" in checks:  # parts from different sources would not fit together
-                part = aside / f"{file}.{digest('sha256', source.encode())[:8]}.part"
-            have = _size(part)
+                part = folder / f"{file}.{digest('sha256', source.encode())[:8]}.part"
+            start = _size(part)
             if turn and speeds[source]:
-                minutes = (_limit(checks) - have) / speeds[source] / 60
-                _tell(file, source, f"about {minutes:.0f} min at {speeds[source] / 1e3:.0f} kB/s")
+                minutes = (_limit(checks) - start) / speeds[source] / 60
+                _report(file, source, f"about {minutes:.0f} min at {speeds[source] / 1e3:.0f} kB/s")
             try:
-                speed, answer = _transfer(source + file, part, checks, 0 if turn else FLOOR)
-                if not answer:
+                floor = 0 if turn else FLOOR
+                speeds[source], problem = _transfer(source + file, part, checks, floor)
+                if not problem:
                     content = unwrap(part.read_bytes(), checks)
-                    part.replace(aside / file)
+                    part.replace(folder / file)
                     return content
-                speeds[source] = speed
             except Mismatch as error:
-                answer = f"wrong bytes: {error}"
+                problem = f"wrong bytes: {error}"
                 part.unlink()
-                if have:  # the wrong bytes may be another's: once more, from the first byte on
+                if start:  # the wrong bytes may be another's: once more, from the first byte on
                     sources.insert(0, source)
                 else:
                     del speeds[source]
-            answers[source] = answer
-            _tell(file, source, answer)
+            problems[source] = problem
+            _report(file, source, problem)
             furthest = max(furthest, _size(part))
         if not speeds or (turn and furthest <= before):
-            raise _exhausted(file, answers)
+            raise _exhausted(file, problems)
 
 
 def _transfer(url: str, part: Path, checks: dict, floor: float) -> tuple[float, str]:
-    """Append to part what it lacks; bytes/s, and why the source was left ('': part is whole).
+    """Append to part what it lacks; bytes/s, and the problem that ended it ('': part is complete).
 
     Errors: Mismatch when more comes than the archive can have; OSError naming part.
     """
-    have, got, why = _size(part), 0, ""
+    start = have = _size(part)
     if have == checks.get("size"):
         return 0.0, ""
-    started = time.monotonic()
+    problem, began = "", time.monotonic()
     try:
         response, have, size = _open(url, checks, have, STALL)
-        with (
-            response,
-            tqdm(initial=have, total=size, desc=url.rpartition("/")[2], **BAR) as bar,
-            open(part, "ab" if have else "wb") as out,
-        ):
+        start = have
+        bar = tqdm(initial=have, total=size, desc=url.rpartition("/")[2], **BAR)
+        with response, bar, open(part, "ab" if have else "wb") as out:
             for chunk in _receive(response, floor):
                 out.write(chunk)
                 bar.update(len(chunk))
                 have += len(chunk)
-                got += len(chunk)
                 if have > _limit(checks):
                     raise Mismatch(f"more than {_limit(checks)} bytes")
                 if have == size:
                     break
         if size and have < size:
-            why = f"cut off at {have} of {size} bytes"
-    except Left as error:
-        why = str(error)
-    except OSError as error:  # only the disk's: the network's have become Left
+            problem = f"cut off at {have} of {size} bytes"
+    except Unavailable as error:
+        problem = str(error)
+    except OSError as error:  # only the disk's: the network's have become Unavailable
         error.filename = error.filename or str(part)
         raise
-    return got / (time.monotonic() - started), why
+    return (have - start) / (time.monotonic() - began), problem
 
 
 def _receive(response, floor: float):
-    """The body in pieces.  Errors: Left when it stalls, or a WINDOW is slower than floor."""
+    """The body in pieces.  Errors: Unavailable when it stalls, or a WINDOW is slower than floor."""
     since, recent = time.monotonic(), 0
-    while True:
-        try:
-            chunk = response.read1(1 << 16)  # what has arrived: read() would wait for all of it
-        except (OSError, http.client.HTTPException) as error:
-            raise Left(_reason(error)) from None
-        if not chunk:
-            return
-        yield chunk
-        recent += len(chunk)
-        elapsed = time.monotonic() - since
-        if elapsed >= WINDOW:
-            if recent < floor * elapsed:
-                raise Left(f"slower than {floor / 1e3:g} kB/s")
-            since, recent = time.monotonic(), 0
+    try:
+        while chunk := response.read1(1 << 16):  # what has arrived: read() would wait for all of it
+            yield chunk
+            recent += len(chunk)
+            elapsed = time.monotonic() - since
+            if elapsed >= WINDOW:
+                if recent < floor * elapsed:
+                    raise Unavailable(f"slower than {floor / 1e3:g} kB/s")
+                since, recent = time.monotonic(), 0
+    except (OSError, http.client.HTTPException) as error:
+        raise Unavailable(_reason(error)) from None
 
 
 class _NeverDowngrade(urllib.request.HTTPRedirectHandler):
@@ -278,7 +268,7 @@ OPENER = urllib.request.build_opener(_NeverDowngrade)
 def _open(url: str, checks: dict, have: int, timeout: float):
     """A response, the byte of the file that its body begins with (have or 0), the file's size.
 
-    The size is None where the server does not say.  Errors: Left.
+    The size is None where the server does not say.  Errors: Unavailable.
     """
     headers = {"User-Agent": "lenslet"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
@@ -287,9 +277,9 @@ def _open(url: str, checks: dict, have: int, timeout: float):
         error.close()
         if have and error.code == 416:  # the part is no beginning of this file
             return _open(url, checks, 0, timeout)
-        raise Left(f"answers {error.code} {error.reason}") from None
+        raise Unavailable(f"answers {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise Left(_reason(error)) from None
+        raise Unavailable(_reason(error)) from None
     if response.status == 206:
         first, _, size = response.headers.get("Content-Range", "").rpartition("/")
         if have and not first.startswith(f"bytes {have}-"):
@@ -300,7 +290,7 @@ def _open(url: str, checks: dict, have: int, timeout: float):
     size = int(size) if size.isdigit() else checks.get("size")
     if size != checks.get("size", size):
         response.close()
-        raise Left(f"has {size} bytes instead of {checks['size']}")
+        raise Unavailable(f"has {size} bytes instead of {checks['size']}")
     return response, have, size
 
 
@@ -311,21 +301,19 @@ def _reason(error: Exception) -> str:
     return getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
 
 
-def _exhausted(file: str, answers: dict[str, str]) -> OutsideError:
-    said = "; ".join(f"{urlsplit(source).netloc}: {why}" for source, why in answers.items())
-    return OutsideError(
-        f"no source serves {file} ({said}); give one: "
-        "python scripts/download.py NAME --source URL-or-file-or-folder"
-    )
+def _exhausted(file: str, problems: dict[str, str]) -> OutsideError:
+    each = "; ".join(f"{urlsplit(source).netloc}: {why}" for source, why in problems.items())
+    remedy = "scripts/download.py also takes another URL, a file or a folder"
+    return OutsideError(f"no source serves {file} ({each}); {remedy}")
 
 
-def _tell(file: str, source: str, text: str) -> None:
+def _report(file: str, source: str, text: str) -> None:
     print(f"{file}: {urlsplit(source).netloc}: {text}", file=sys.stderr, flush=True)
 
 
 def _limit(checks: dict) -> int:
     """Bytes that an archive can have at most; gzip adds far less than a megabyte."""
-    return checks.get("size") or checks.get("unpacked_size", math.inf) + 1_000_000
+    return checks.get("size") or checks.get("unpacked_size", float("inf")) + 1_000_000
 
 
 def _size(path: Path) -> int:

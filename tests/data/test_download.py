@@ -64,7 +64,7 @@ def pickle_batch(images, labels):
 
 
 def make_batch(split, shape):
-    """Pictures and labels that are the same every time; every class occurs."""
+    """Images and labels that are the same every time; every class occurs."""
     random = np.random.default_rng(len(split))
     images = random.integers(0, 256, (COUNTS[split], *shape), np.uint8)
     return images, np.arange(COUNTS[split]) % 10
@@ -166,7 +166,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
         self.send_header("Content-Length", str(size - start))
         self.end_headers()
-        with contextlib.suppress(ConnectionError):  # the other side leaves us, as it should
+        with contextlib.suppress(ConnectionError):  # the client hangs up, as it should
             self.send_body(how, body[start:])
 
     def send_body(self, how, body):
@@ -217,7 +217,7 @@ def read(folder, split):
 
 
 def check(folder, shape=(3, 32, 32)):
-    """The folder holds exactly the pictures that the archive was made from."""
+    """The folder holds exactly the images that the archive was made from."""
     for split in COUNTS:
         images, labels, _ = read(folder, split)
         expected_images, expected_labels = make_batch(split, shape)
@@ -274,7 +274,7 @@ def test_every_round_goes_further(serve):
 
 
 def test_next_call_resumes(serve):
-    """A part that an earlier call left behind is gone on from."""
+    """A part that an earlier call left behind is resumed."""
     (server,) = serve("well")
     part = lenslet.files.DATA / "tiny" / "download" / "tiny.tar.gz.part"
     part.parent.mkdir(parents=True)
@@ -292,23 +292,23 @@ def test_source_without_ranges_starts_over(serve, how, capfd):
 
 
 @pytest.mark.parametrize("code", [403, 404])
-def test_refusal_leaves_for_the_next_source(serve, capfd, code):
-    """A source that refuses is passed over, which is said in one line."""
+def test_refusal_moves_on_to_the_next_source(serve, capfd, code):
+    """A source that refuses is skipped, which is reported in one line."""
     serve(code, "well")
     check(sets.ensure("tiny"))
     assert capfd.readouterr().err.count(f"answers {code}") == 1
 
 
-def test_stalled_source_is_left(serve, capfd):
-    """A source that falls silent is left for the next, which goes on from there."""
+def test_stalled_source_is_abandoned(serve, capfd):
+    """A source that stalls is abandoned for the next, which resumes from there."""
     _, second = serve("stall", "well")
     check(sets.ensure("tiny"))
     assert second.ranges[-1].startswith("bytes=")
     assert "no byte in time" in capfd.readouterr().err
 
 
-def test_slow_source_is_left(serve, capfd):
-    """A source below the floor is left for a faster one."""
+def test_slow_source_is_abandoned(serve, capfd):
+    """A source below the floor is abandoned for a faster one."""
     _, second = serve("drip", "well")
     check(sets.ensure("tiny"))
     assert second.ranges[-1].startswith("bytes=")
@@ -316,14 +316,14 @@ def test_slow_source_is_left(serve, capfd):
 
 
 def test_slow_sources_come_last_and_the_fastest_first(serve, capfd):
-    """Where nothing else is left the fastest of the slow sources is taken, however slow."""
+    """When no other source remains the fastest of the slow ones is used, however slow."""
     slow, faster, gone = serve("drip", "drip faster", 404)
     check(sets.ensure("tiny"))
     assert [len(server.ranges) for server in (slow, faster, gone)] == [2, 3, 2]
     assert "about 0 min at" in capfd.readouterr().err
 
 
-def test_wrong_bytes_are_left(serve):
+def test_wrong_bytes_are_discarded(serve):
     """Wrong bytes never reach a final name, and the next source is asked from the start."""
     _, second = serve("wrong", "well")
     check(sets.ensure("tiny"))
@@ -341,7 +341,7 @@ def test_mixed_parts_start_over(serve):
 
 
 def test_all_fail(serve, capfd):
-    """With no good source: one line that says what each answered and the remedy, and status 1."""
+    """With no good source: one line with the problem of each and the remedy, and status 1."""
     servers = serve("wrong", 403, "wrong")
     assert errors.run_main(download.main, ["tiny"]) == 1
     last = capfd.readouterr().err.splitlines()[-1]
@@ -349,7 +349,7 @@ def test_all_fail(serve, capfd):
     assert "answers 403" in last
     assert last.count("wrong bytes: sha256") == 2
     assert all(server.base[7:-1] in last for server in servers)
-    assert "--source URL-or-file-or-folder" in last
+    assert "scripts/download.py also takes another URL, a file or a folder" in last
     assert not list(lenslet.files.DATA.rglob("*.gz")) + list(
         lenslet.files.DATA.rglob("*.safetensors")
     )
@@ -403,7 +403,7 @@ def test_one_file(one_file, monkeypatch):
 def test_one_file_goes_on(one_file, how):
     """A line that breaks off or falls silent is asked again while it brings something.
 
-    Until it is whole nothing has the final name, and a later call goes on where this one ended.
+    Until it is whole nothing has the final name, and a later call resumes where this one ended.
     """
     server, url, folder = one_file
     if how == "stall":
@@ -423,13 +423,13 @@ def test_one_file_goes_on(one_file, how):
 
 
 @pytest.mark.parametrize(
-    ("how", "answer"), [("wrong", "wrong bytes"), (404, "answers 404"), (403, "answers 403")]
+    ("how", "problem"), [("wrong", "wrong bytes"), (404, "answers 404"), (403, "answers 403")]
 )
-def test_one_file_that_is_not_there(one_file, how, answer):
+def test_one_file_that_is_not_there(one_file, how, problem):
     """A refusal, or other bytes than the name's hash says: one line, and nothing is left."""
     server, url, folder = one_file
     server.how = how
-    with pytest.raises(OutsideError, match=f"{url}: {answer}"):
+    with pytest.raises(OutsideError, match=f"{url}: {problem}"):
         fetch.download_file(url, folder)
     assert list(folder.iterdir()) == []
 
@@ -442,7 +442,7 @@ def test_urls_that_are_none(url, tmp_path):
 
 
 def test_no_downgrade_to_http():
-    """A redirection from https to http is an answer like a refusal; the reverse is followed."""
+    """A redirection from https to http counts as a refusal; the reverse is followed."""
     handler = fetch._NeverDowngrade()
     secure = urllib.request.Request("https://a/x")
     with pytest.raises(urllib.error.URLError, match="unencrypted"):
@@ -495,7 +495,7 @@ def test_mnist_on_disk(tmp_path, monkeypatch, suffix):
 
 
 def test_mnist_parts_do_not_mix(monkeypatch):
-    """What one server wrapped is not gone on from with what another did."""
+    """A part with one server's gzip wrapping is not continued with bytes from another."""
     files = idx_files()
     small = Server({f"{name}.gz": gzip.compress(file, 1) for name, file in files.items()}, "cut")
     large = Server({f"{name}.gz": gzip.compress(file, 9) for name, file in files.items()})
@@ -510,6 +510,16 @@ def test_gzip_bomb():
     spec = {"unpacked_size": 1000, "unpacked_sha256": "0" * 64}
     with pytest.raises(fetch.Mismatch, match="unpacked_size is 1001, expected 1000"):
         fetch.unwrap(gzip.compress(bytes(10_000_000)), spec)
+
+
+def test_broken_gzip():
+    """A gzip file that is truncated or altered is refused, also where only its size is known."""
+    content = bytes(range(250)) * 4
+    packed = gzip.compress(content)
+    assert fetch.unwrap(packed, {"unpacked_size": 1000}) == content
+    for broken in (packed[:-20], packed[:-8] + bytes(8)):  # without its end; with another CRC
+        with pytest.raises(fetch.Mismatch, match=r"unpacked_size is|broken gzip"):
+            fetch.unwrap(broken, {"unpacked_size": 1000})
 
 
 def test_malicious_pickle_is_refused(tmp_path, monkeypatch):
@@ -603,6 +613,8 @@ def test_unknown_name(capsys):
     message = capsys.readouterr().err
     assert "did you mean cifar10" in message
     assert all(name in message for name in sets.SETS)
+    with pytest.raises(UserError, match=r"^no such data set .*, or give a folder of images$"):
+        sets.is_set("cifar1O")
 
 
 def test_digits(capsys):
@@ -623,7 +635,7 @@ def test_digits(capsys):
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-mnist"])
 def test_export(serve, tmp_path, monkeypatch, name, capsys):
-    """Exported PNG files are the very pictures, in folders named after their classes."""
+    """Exported PNG files hold the same images, in folders named after their classes."""
     (server,) = serve("well")
     files = idx_files()
     monkeypatch.setitem(sets.SETS, "tiny-mnist", idx_spec(files, [server.base]))
