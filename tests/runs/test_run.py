@@ -1,6 +1,7 @@
 """Whatever interrupts a run, the same command brings it to the same weights, bit for bit."""
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -12,6 +13,7 @@ import pytest
 import torch
 import train
 from accelerate.state import AcceleratorState, GradientState
+from conftest import public_names
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
@@ -19,7 +21,8 @@ from lenslet import errors, files, metrics, weights
 from lenslet.data import augment
 from lenslet.distributed import interrupts
 from lenslet.runs import checkpoint
-from lenslet.training import clock, losses
+from lenslet.runs.run import Progress, Run
+from lenslet.training import build, clock, losses
 
 TINY = ["--model", "lenet", "--epochs", "3", "--batch-size", "8", "--workers", "0"]
 TINY += ["--precision", "no", "--augment", "standard", "--log-every", "3"]  # 12 steps in all
@@ -47,7 +50,7 @@ def sorted_events(monkeypatch):
 
 @pytest.fixture
 def pictures(make_folder, tmp_path):
-    """26 small pictures to train on: the batches of 8 are ragged."""
+    """26 small images to train on: the batches of 8 are ragged."""
     return make_folder(tmp_path / "pictures", {"train": 13, "val": 5}, size=(12, 12))
 
 
@@ -59,7 +62,7 @@ def command(pictures, tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(make_folder, tmp_path_factory):
-    """The outcome of the same run left alone, on pictures of its own."""
+    """The outcome of the same run left alone, on images of its own."""
     folder = tmp_path_factory.mktemp("undisturbed")
     pictures = make_folder(folder / "pictures", {"train": 13, "val": 5}, size=(12, 12))
     with pytest.MonkeyPatch.context() as patch:
@@ -100,6 +103,28 @@ def at_call(monkeypatch, number, owner, name, action):
 
 def crash():
     raise Crash
+
+
+def test_few_names():
+    """A run can be held in mind: at most 15 fields are saved, and 12 names are for others."""
+    assert len(dataclasses.fields(Progress)) <= 15
+    assert len(public_names(Run)) <= 12
+
+
+def test_what_a_checkpoint_holds(command, tmp_path, monkeypatch):
+    """All that a run goes on from is Progress, a field a value, and what has tensors; the rest is
+    there to be compared.
+    """
+    interrupted(command, monkeypatch)
+    newest, _ = checkpoint.newest_checkpoint(tmp_path / "run" / "checkpoint")
+    saved = checkpoint.load_checkpoint(newest)
+    assert list(saved["progress"]) == [field.name for field in dataclasses.fields(Progress)]
+    assert Progress(**saved["progress"]).step == saved["progress"]["step"] == 4
+    compared = {"inputs", "environment"}
+    assert saved.keys() - compared == {
+        *("progress", "meter", "networks", "buffers", "optimizer", "scaler")
+    }
+    assert json.dumps(saved["progress"])  # nothing of it is a tensor
 
 
 @pytest.mark.parametrize("every", ["1", "2", "5m"])
@@ -203,7 +228,7 @@ def test_full_disk(command, undisturbed, tmp_path, monkeypatch, capsys):
         at_call(patch, 2, checkpoint, "save_checkpoint", full)
         assert call(*command) == 0
     said = capsys.readouterr()
-    line = "step 8 is not saved (No space left on device); training goes on"
+    line = "step 8 could not be saved (No space left on device); training goes on"
     assert said.out.splitlines().count(line) == 1 and not said.err
     assert outcome(tmp_path / "run") == undisturbed
 
@@ -235,6 +260,26 @@ def test_damaged_checkpoint(command, undisturbed, tmp_path, monkeypatch, capsys)
     said = capsys.readouterr().out
     assert str(saved[1]) in said and "state.safetensors was altered" in said
     assert outcome(tmp_path / "run") == undisturbed
+
+
+def test_a_checkpoint_of_an_older_version(command, undisturbed, tmp_path, monkeypatch, capsys):
+    """It is refused in a line, and a new run begins; the weights of the old one stay."""
+    interrupted(command, monkeypatch)
+    run = tmp_path / "run"
+    before = (run / "model.safetensors").read_bytes()
+    (path,) = (run / "checkpoint").iterdir()
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"version": "3"}))
+    capsys.readouterr()
+    assert call(*command) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "cannot be used" in line]
+    assert len(lines) == 1 and lines[0].startswith(f"{path} cannot be used (")
+    assert "3, not 4" in lines[0] and "new run" in lines[0]
+    assert outcome(tmp_path / "run-2") == undisturbed
+    assert (run / "model.safetensors").read_bytes() == before
+    capsys.readouterr()
+    assert call("--resume", run) == 2
+    assert f"{path} cannot be used (" in capsys.readouterr().err
 
 
 def test_lost_weights_come_back(command, undisturbed, tmp_path, monkeypatch):
@@ -292,8 +337,8 @@ def test_resume_mistakes(command, tmp_path, monkeypatch, capsys):
     interrupted(command, monkeypatch)
     for words, named in (
         (["--resume", tmp_path / "run", "--lr", "0.5"], "--lr was 0.001, now 0.5"),
-        (["--resume", tmp_path / "pictures"], "no run"),
-        (["--resume", tmp_path / "nothing"], "no run"),
+        (["--resume", tmp_path / "pictures"], "not in a run folder"),
+        (["--resume", tmp_path / "nothing"], "not in a run folder"),
     ):
         capsys.readouterr()
         assert call(*words) == 2
@@ -312,8 +357,8 @@ def test_no_resume(command, tmp_path, monkeypatch):
     assert (tmp_path / "run-2" / "model.safetensors").exists()
 
 
-def test_changed_pictures(command, pictures, monkeypatch, capsys):
-    """A run does not go on with other pictures than it began with."""
+def test_changed_images(command, pictures, monkeypatch, capsys):
+    """A run does not go on with other images than it began with."""
     interrupted(command, monkeypatch)
     next((pictures / "train" / "ants").iterdir()).unlink()
     capsys.readouterr()
@@ -414,14 +459,14 @@ def test_gradient_that_explodes_later(command, pictures, tmp_path, monkeypatch, 
                 p.data.mul_(1e30)
         return real(images, *args)
 
-    create = train.create_model
+    create = build.create_model
 
     def remember(*args, **settings):
         explode.model = create(*args, **settings)
         return explode.model
 
     monkeypatch.setattr(augment, "augment", explode)
-    monkeypatch.setattr(train, "create_model", remember)
+    monkeypatch.setattr(build, "create_model", remember)
     assert call(*command) == 2
     error = capsys.readouterr().err
     assert "epoch 2 at step 5" in error and "at step 3" in error
@@ -431,7 +476,7 @@ def test_gradient_that_explodes_later(command, pictures, tmp_path, monkeypatch, 
 
 
 def test_out_of_memory(command, monkeypatch, capsys):
-    """Too large a batch for a GPU: which --batch-size and --accumulate to try."""
+    """Too large a batch for a GPU: what was tried, and which --accumulate to try."""
 
     def overflow(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -439,7 +484,8 @@ def test_out_of_memory(command, monkeypatch, capsys):
     monkeypatch.setattr(losses.F, "cross_entropy", overflow)
     assert call(*command, "--accumulate", "2") == 1
     error = capsys.readouterr().err
-    assert "--accumulate 4" in error and "--batch-size 4" in error and len(error.splitlines()) == 1
+    assert "--batch-size 8 --accumulate 2" in error and "try --accumulate 4" in error
+    assert len(error.splitlines()) == 1
 
 
 def test_deterministic(command, undisturbed, tmp_path, monkeypatch, capsys):
@@ -467,7 +513,7 @@ def test_deterministic(command, undisturbed, tmp_path, monkeypatch, capsys):
         torch.use_deterministic_algorithms(False)
 
 
-def test_vanished_picture(make_folder, tmp_path, monkeypatch, capsys):
+def test_vanished_image(make_folder, tmp_path, monkeypatch, capsys):
     """A photograph that is gone when its turn comes ends the run in one line that names it."""
     photos = make_folder(tmp_path / "photos", {"train": 9, "val": 2}, size=(90, 70), suffix=".jpg")
     lost = photos / "train" / "bees" / "3.jpg"
@@ -508,10 +554,10 @@ def test_time_budget_keeps_its_width(pictures, tmp_path, monkeypatch):
     words += ["--time", "2s", "--batch-size", "8", "--workers", "0", "--precision", "no"]
     words += ["--save-every", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(clock, "measure_speed", lambda *_: 1e-9)
+        patch.setattr(build, "measure_speed", lambda *_: 1e-9)
         at_call(patch, 3, interrupts.Interrupts, "agree", crash)
         assert call(*words) == "crashed"
-    monkeypatch.setattr(clock, "measure_speed", lambda *_: 1e9)
+    monkeypatch.setattr(build, "measure_speed", lambda *_: 1e9)
     assert call(*words) == 0
     header = weights.read_header(tmp_path / "run" / "model.safetensors")
     assert header["model_args"]["width"] == clock.WIDTHS[0][0]
