@@ -140,9 +140,7 @@ def epochs_without_progress(scores: list[float], min_delta: float = 0.0) -> int:
     return _count_plateaus(scores, min_delta)[0]
 
 
-def _count_plateaus(
-    scores: list[float], min_delta: float, patience: float = math.inf
-) -> tuple[int, int]:
+def _count_plateaus(scores: list[float], min_delta: float, patience=math.inf) -> tuple[int, int]:
     """Validations since the last better one, and how often they became more than `patience`.
 
     They are counted from 0 again then, as torch.optim.lr_scheduler.ReduceLROnPlateau does.

@@ -52,16 +52,7 @@ class Watch:
     Nothing here waits for another process.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        board,
-        images: Tensor,
-        remedies: dict[str, str],
-        share: float = 0.04,
-        say: Callable[[str], None] = print,
-        scaler=None,
-    ):
+    def __init__(self, network, board, images, remedies, share=0.04, say=print, scaler=None):
         self.network, self.board, self.images = network, board, images
         self.remedies, self.share, self.say, self.scaler = remedies, share, say, scaler
         self.due = {self._gradients: 0.0, self._inside: 0.0}  # when next, in seconds of training
@@ -96,16 +87,25 @@ class Watch:
         self.due[work] = seconds + max(2 * cost / self.share, seconds / 1000)
 
     def _gradients(self, step: int) -> None:
-        parameters = _parameters_with_gradients(self.network)
-        if not parameters:
+        layers = {}
+        for name, layer in _layers(self.network).items():
+            own = layer.parameters(recurse=False)
+            if own := [p for p in own if p.requires_grad and p.grad is not None]:
+                layers[name] = own
+        if not layers:
             return
+        gradients = [p.grad for own in layers.values() for p in own]
+        norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float32))
+        norms = iter(norms.tolist())  # one transfer: this is where the CPU waits for the device
         scale = self.scaler.get_scale() if self.scaler else 1.0
-        norm, rms = _gradient_sizes(parameters, scale)
-        for name, value in norm.items():
-            self.board.add("scalar", f"gradient_norm/{name}", value, step)
+        norm, rms = {}, {}
+        for name, own in layers.items():
+            norm[name] = math.hypot(*(next(norms) for _ in own)) / scale
+            rms[name] = norm[name] / math.sqrt(sum(p.numel() for p in own))
+            self.board.add("scalar", f"gradient_norm/{name}", norm[name], step)
 
         def loss_change(name: str) -> float:
-            return abs(sum((p.detach() * p.grad).sum().item() for p in parameters[name])) / scale
+            return abs(sum((p.detach() * p.grad).sum().item() for p in layers[name])) / scale
 
         self._warn(diagnose(norm, rms, loss_change), norm, step)
 
@@ -198,31 +198,6 @@ def diagnose(
         if small := VANISHING * list(rms.values())[-1]:
             found["vanishing"] = list(itertools.takewhile(lambda name: rms[name] <= small, rms))
     return found
-
-
-def _parameters_with_gradients(network: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """By layer: the parameters that are not frozen and have a gradient."""
-    found = {}
-    for name, layer in _layers(network).items():
-        own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
-        if own := [p for p in own if p.grad is not None]:
-            found[name] = own
-    return found
-
-
-def _gradient_sizes(parameters: dict[str, list], scale: float) -> tuple[dict, dict]:
-    """Norm and root mean square of each layer's gradient, both {layer: value}.
-
-    scale: that all gradients were multiplied by.
-    """
-    gradients = [p.grad for own in parameters.values() for p in own]
-    norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float32))
-    norms = iter(norms.tolist())  # one transfer: this is where the CPU waits for the device
-    norm, rms = {}, {}
-    for name, own in parameters.items():
-        norm[name] = math.hypot(*(next(norms) for _ in own)) / scale
-        rms[name] = norm[name] / math.sqrt(sum(p.numel() for p in own))
-    return norm, rms
 
 
 def _layers(network: nn.Module, functions: bool = False) -> dict[str, nn.Module]:
