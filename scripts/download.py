@@ -8,30 +8,26 @@ Sets: cifar10, cifar100, mnist, fashion-mnist, digits.  What an interrupted down
 is kept, and the next call goes on from there.
 """
 
-import json
 import os
 import re
 import shlex
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import _root  # noqa: F401
-from lenslet.cli import Parser, create_parser, parse
-from lenslet.errors import UserError, run_main
+from lenslet.cli import create_parser, parse
+from lenslet.errors import UserError, error_context, run_main
 
 
-def build_parser() -> Parser:
+def main(argv=None):
     parser = create_parser(__doc__)
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help="data sets to fetch")
     add("--source", metavar="URL-or-file-or-folder", help="of the archives (default: public ones)")
     add("--export", metavar="FOLDER", type=Path, help="write FOLDER/{train,test}/<class>/*.png")
-    return parser
-
-
-def main(argv=None):
-    args = parse(build_parser(), argv)
+    args = parse(parser, argv)
     target = args.export
     if len(args.names) > 1 and (args.source or target):
         raise UserError("--source and --export go with one data set")
@@ -40,50 +36,43 @@ def main(argv=None):
 
     # torch takes a second or two to import, which --help and a misspelt option need not wait for.
     from lenslet.data import sets
+    from lenslet.data.load import load
 
     for name in args.names:
-        sets.lookup(name)  # a misspelt name ends the command before any download
+        with error_context(name):  # a misspelt name ends the command before any download
+            sets.lookup(name)
     for name in args.names:
-        folder = sets.ensure(name, args.source)
+        with error_context(f"--source {args.source}") if args.source else nullcontext():
+            folder = sets.ensure(name, args.source)
+        data = load(name, ["train", "test"], val=0)
         if target:
-            export(folder, target)
-        (train, *shape), (test, *_) = (stored_shape(folder, split) for split in ("train", "test"))
+            export(data, target)
+        train, test = (len(data.splits[split]) for split in ("train", "test"))
+        shape = "×".join(map(str, (data.channels, *data.image_size)))
         print(
             f"{name} is in {target or folder}: {train} training and {test} test pictures of "
-            f"{'×'.join(map(str, shape))}, {len(sets.SETS[name]['classes'])} classes; "
+            f"{shape}, {len(data.classes)} classes; "
             f"next: make train DATA={shlex.quote(str(target or name))}"
         )
 
 
-def stored_shape(folder: Path, split: str) -> list[int]:
-    """[N, C, H, W] of a set's images, from the head of its file."""
-    from safetensors import safe_open
-
-    with safe_open(folder / f"{split}.safetensors", "pt") as file:
-        return file.get_slice("images").get_shape()
-
-
-def export(folder: Path, target: Path) -> None:
-    """Write the set in folder as target/{train,test}/<class>/<index>.png, all or nothing."""
-    from PIL import Image
-    from safetensors import safe_open
+def export(data, target: Path) -> None:
+    """Write a set's images as target/{train,test}/<class>/<index>.png, all or nothing."""
     from tqdm import tqdm
+
+    from lenslet.grid import encode_png
 
     target = target.resolve()
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        for split in ("train", "test"):
-            with safe_open(folder / f"{split}.safetensors", "pt") as file:
-                images, labels = file.get_tensor("images"), file.get_tensor("labels")
-                names = json.loads(file.metadata()["classes"])
+        for split, part in data.splits.items():
             # "T-shirt/top" would be a folder in a folder.
-            folders = [aside / split / re.sub(r'[<>:"/\\|?*]', "-", name) for name in names]
-            for path in folders:
-                path.mkdir(parents=True)
-            images = images.permute(0, 2, 3, 1).squeeze(3).numpy()  # [N, H, W(, 3)]: modes L, RGB
-            for index in tqdm(range(len(images)), split, leave=False, disable=None):
-                path = folders[labels[index]] / f"{index:05d}.png"
-                Image.fromarray(images[index]).save(path)
+            names = [re.sub(r'[<>:"/\\|?*]', "-", name) for name in data.classes]
+            for name in names:
+                (aside / split / name).mkdir(parents=True)
+            for i in tqdm(range(len(part)), split, leave=False, disable=None):
+                path = aside / split / names[part.labels[i]] / f"{i:05d}.png"
+                path.write_bytes(encode_png(part.pixels(i)))
         if target.exists():
             target.rmdir()  # an empty folder, which only POSIX lets a rename replace
         os.replace(aside, target)

@@ -13,20 +13,8 @@ import tempfile
 from pathlib import Path
 
 import _root  # noqa: F401
-from lenslet.cli import Parser, as_yaml, create_parser, parse
-from lenslet.errors import OutsideError, UserError, run_main
-
-
-def build_parser() -> Parser:
-    parser = create_parser(__doc__)
-    parser.add_argument(
-        "weights", nargs="?", help="a run, or its model.safetensors (default: newest)"
-    )
-    help = "a folder with the same images (default: where they were)"
-    parser.add_argument("--data", metavar="DIR", help=help)
-    help = "run folder (default: <the run's>-reproduced)"
-    parser.add_argument("--output", metavar="DIR", help=help)
-    return parser
+from lenslet.cli import as_yaml, create_parser, parse
+from lenslet.errors import OutsideError, UserError, error_context, run_main
 
 
 def words_for(weights: Path, header: dict, args, config: Path) -> list:
@@ -42,19 +30,27 @@ def words_for(weights: Path, header: dict, args, config: Path) -> list:
 
 
 def main(argv=None) -> int:
-    args = parse(build_parser(), argv)
+    parser = create_parser(__doc__)
+    help = "a run, or its model.safetensors (default: newest)"
+    parser.add_argument("weights", nargs="?", help=help)
+    help = "a folder with the same images (default: where they were)"
+    parser.add_argument("--data", metavar="DIR", help=help)
+    help = "run folder (default: <the run's>-reproduced)"
+    parser.add_argument("--output", metavar="DIR", help=help)
+    args = parse(parser, argv)
 
     # These import torch, which takes a second.
     from lenslet.distributed.determinism import environment_changes
     from lenslet.distributed.start import cores, start_processes
-    from lenslet.runs import folder as run_folder
-    from lenslet.runs import launch
+    from lenslet.runs.folder import newest_finished, weights_path
+    from lenslet.runs.launch import run_training
     from lenslet.weights import read_header
 
-    weights = run_folder.weights_path(args.weights)
-    header = read_header(weights)
-    if "digests" not in header:
-        raise UserError(f"{weights}: has no digests to compare with, as it was written before them")
+    weights = weights_path(args.weights)
+    with error_context(str(weights)):
+        header = read_header(weights)
+        if "digests" not in header:
+            raise UserError("has no digests to compare with, as it was written before them")
     args.output = args.output or f"{weights.resolve().parent}-reproduced"
 
     # What may make a difference, said before the training.
@@ -69,24 +65,22 @@ def main(argv=None) -> int:
         config = Path(folder) / "options.yaml"
         config.write_text(as_yaml(header["options"]))
         words = words_for(weights, header, args, config)
-        status = launch.run_training(words, header["processes"], header["threads"])
+        status = run_training(words, header["processes"], header["threads"])
     if status in (2, 130, 143):  # it has said why
         return status
     if status and not header["options"].get("overfit"):  # where 1 is a verdict
         raise OutsideError(f"training again ended with status {status}; the same command goes on")
-    again = run_folder.newest_finished(args.output)
+    again = newest_finished(args.output)
     records = json.loads((again / "metrics.json").read_text())["epochs"]
 
     # Compare.
-    last_equal = 0
+    equal = 0
     for (step, digest), record in zip(header["digests"], records, strict=False):
         if (step, digest) != (record["step"], record["weights_sha256"]):
-            print(
-                f"the weights are equal after step {last_equal}, and differ after step {step}, the "
-                f"end of epoch {record['epoch']}"
-            )
+            where = f"after step {step}, the end of epoch {record['epoch']}"
+            print(f"the weights are equal after step {equal}, and differ {where}")
             return 1
-        last_equal = step
+        equal = step
     print(f"identical bits: {weights} and epoch {len(header['digests'])} of {again}")
     return 0
 
