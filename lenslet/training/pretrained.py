@@ -27,8 +27,10 @@ from lenslet.training.net import is_below
 PATIENCE = 15.0  # seconds that the hub has to say which weights it holds
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that a repository has is used
 
+State = dict[str, Tensor]  # by name, as in a state_dict
 
-def read_weights(source: str, model: str) -> tuple[dict[str, Tensor], dict]:
+
+def read_weights(source: str, model: str) -> tuple[State, dict]:
     """The tensors (on the CPU) of a source and, where train.py wrote them, their header.
 
     source: "timm" (its weights for the network `model`), an http(s) URL (kept in data/weights), or
@@ -50,7 +52,7 @@ def read_weights(source: str, model: str) -> tuple[dict[str, Tensor], dict]:
     return tensors, header
 
 
-def _from_timm(model: str) -> dict[str, Tensor]:
+def _from_timm(model: str) -> State:
     """The state_dict of timm's pretrained network: what its files hold, with today's names."""
     import timm
 
@@ -114,13 +116,13 @@ def _from_url(url: str) -> Path:
         return download.download_file(url, folder)
 
 
-def _read_download(path: Path) -> tuple[dict[str, Tensor], dict]:
+def _read_download(path: Path) -> tuple[State, dict]:
     """_read_file(), with errors that name the file: the user may have to delete it."""
     with error_context(str(path)):
         return _read_file(path)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
+def _read_file(path: Path) -> tuple[State, dict]:
     """The tensors of a file and, if it is one of ours, its header."""
     if not path.is_file():
         what = "is a folder: name a file in it" if path.is_dir() else "no such file"
@@ -152,7 +154,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, header
 
 
-def _largest_state(tree) -> dict[str, Tensor]:
+def _largest_state(tree) -> State:
     """Of a dict and the dicts in it, the tensors of the one that has most of them.
 
     An optimizer's state has numbers for keys, which are not followed.
@@ -165,9 +167,7 @@ def _largest_state(tree) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fit(
-    network: nn.Module, tensors: dict[str, Tensor], head: list[str], keep_head: bool
-) -> list[str]:
+def fit(network: nn.Module, tensors: State, head: list[str], keep_head: bool) -> list[str]:
     """Load the tensors that fit, in place; returns notes for the user, a line each.
 
     A prefix that the names of the tensors share is removed.  Convolutions that see the image are
@@ -181,11 +181,13 @@ def fit(
     own = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
     in_head = [name for name in own if is_below(name, head)]
     prefix = _shared_prefix(tensors, own)
-    sources = _match_names(tensors, own, prefix)
+    # {name here: name in the file}; a name with the prefix comes before the same without.
+    sources = {name: name for name in tensors}
+    sources |= {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
     matched = {
         name: tensors[source]
         for name, source in sources.items()
-        if keep_head or name not in in_head
+        if name in own and (keep_head or name not in in_head)
     }
     adapted = _adapt_input_channels(network, own, matched)
     fitting = {k: v for k, v in (matched | adapted).items() if v.shape == own[k].shape}
@@ -233,16 +235,7 @@ def _describe_rest(own, in_head, tensors, sources, matched, fitting) -> list[str
     ]
 
 
-def _match_names(tensors: dict[str, Tensor], own: dict[str, Tensor], prefix: str) -> dict[str, str]:
-    """{name in the network: name in the file}, with the prefix rather than without."""
-    sources = {name: name for name in tensors if name in own}
-    for name in tensors:
-        if name.startswith(prefix) and name.removeprefix(prefix) in own:
-            sources[name.removeprefix(prefix)] = name
-    return sources
-
-
-def _shared_prefix(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+def _shared_prefix(tensors: State, own: State) -> str:
     """What most names have in front of a name in the network that has the same shape."""
     votes = collections.Counter()
     for name, value in tensors.items():
@@ -254,9 +247,7 @@ def _shared_prefix(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> str:
     return max(votes, key=votes.get, default="")  # the first among equals: plain names
 
 
-def _adapt_input_channels(
-    network: nn.Module, own: dict[str, Tensor], matched: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _adapt_input_channels(network: nn.Module, own: State, matched: State) -> State:
     """The weights of the convolutions that see the image, changed to the network's input channels.
 
     {} unless the network's first convolution has other input channels and is otherwise equal.
@@ -300,7 +291,7 @@ def _first_three(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _shapes(tensors: dict[str, Tensor]) -> str:
+def _shapes(tensors: State) -> str:
     return _first_three([f"{name} {list(value.shape)}" for name, value in tensors.items()])
 
 
