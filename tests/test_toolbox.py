@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import statistics
 
 import folds
@@ -14,10 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lenslet.data.load
 import lenslet.files
+import lenslet.runs.run
 import lenslet.weights
 import model
-from lenslet import cli, errors
+from lenslet import errors
 from lenslet.data import sets
+from lenslet.runs import launch
 from lenslet.training import options
 
 measure = importlib.import_module("test")  # scripts/test.py, not the standard library's
@@ -74,7 +77,7 @@ def plain(tmp_path_factory, digits):
         ["--optimizer", "ranger"],
         ["--optimizer", "muon"],
         ["--optimizer", "lamb"],
-        ["--optimizer", "adahessian"],
+        ["--optimizer", "lookahead_adam"],
         ["--l1", "0.001"],
         ["--weight-decay", "0.5"],
         ["--clip", "0.1"],
@@ -122,7 +125,7 @@ def test_each_option(plain, tmp_path, words):
     [
         ["--optimizer", "ranger"],
         ["--optimizer", "adabelief", "--schedule", "onecycle"],
-        ["--optimizer", "adahessian"],
+        ["--optimizer", "muon", "--schedule", "onecycle"],
         ["--augment", "trivial", "--mixup", "0.2", "--dropout", "0.2"],
         ["--model", "fastnet", "--width", "8", "--ema", "0.9"],
         ["--schedule", "plateau:0.1:0", "--patience", "2"],
@@ -147,10 +150,10 @@ def test_what_was_interrupted_ends_alike(plain, tmp_path, monkeypatch, words):
             raise KeyboardInterrupt
         return real(state)
 
-    monkeypatch.setattr(lenslet.weights, "digest", stop)
+    monkeypatch.setattr(lenslet.runs.run, "digest", stop)
     command = [*DIGITS, *words, "--save-every", "2", "--output", tmp_path / "run"]
     assert call(train.main, *command) == 130
-    monkeypatch.setattr(lenslet.weights, "digest", real)
+    monkeypatch.setattr(lenslet.runs.run, "digest", real)
     assert call(train.main, *command) == 0
     again = lenslet.weights.read_header(tmp_path / "run" / "model.safetensors")
     assert again["sha256"] == whole["sha256"] and again["digests"] == whole["digests"]
@@ -165,30 +168,34 @@ def test_what_was_interrupted_ends_alike(plain, tmp_path, monkeypatch, words):
         (["--val", "0", "--patience", "2"], "--patience needs validation"),
         (["--val", "0", "--keep", "best"], "--keep best needs validation"),
         (["--val", "0", "--schedule", "plateau"], "--schedule plateau needs validation"),
-        (["--min-delta", "0.1"], "--min-delta is for"),
-        (["--nesterov"], "--nesterov is for"),
-        (["--optimizer", "sgd", "--momentum", "0", "--nesterov"], "--nesterov is for"),
+        (["--min-delta", "0.1"], "--min-delta needs --patience"),
+        (["--nesterov"], "--nesterov needs --optimizer sgd"),
+        (["--optimizer", "sgd", "--momentum", "0", "--nesterov"], "--nesterov needs"),
         (["--freeze-epochs", "1"], "--pretrained"),
         (["--temperature", "2"], "--teacher"),
         (["--teacher-share", "0.5"], "--teacher"),
-        (["--teacher", "gone.safetensors"], "gone.safetensors"),
-        (["--pretrained", "gone.safetensors"], "gone.safetensors"),
+        (["--teacher", "gone.safetensors"], "--teacher: gone.safetensors"),
+        (["--pretrained", "gone.safetensors"], "--pretrained gone.safetensors: "),
         (["--pretrained", "timm"], "lenet"),
-        (["--picture-weights", "gone.csv"], "gone.csv"),
+        (["--image-weights", "gone.csv"], "--image-weights gone.csv: cannot be read"),
+        (["--picture-weights", "gone.csv"], "did you mean --image-weights"),
         (["--fold", "6/5"], "--fold"),
         (["--fold", "2"], "--fold"),
         (["--fold", "1/1"], "--fold"),
-        (["--class-weights", "1,2"], "2 numbers for 10 classes"),
+        (["--class-weights", "1,2"], "--class-weights: 2 numbers for 10 classes"),
         (["--class-weights", "1,-2"], "--class-weights"),
         (["--class-weights", "even"], "--class-weights"),
-        (["--limit", "9"], "fewer than there are classes"),
+        (["--limit", "9"], "9 images are too few for 10 classes"),
         (["--overfit", "20", "--limit", "20"], "--overfit"),
         (["--overfit", "20", "--fold", "1/2"], "--overfit"),
         (["--overfit", "20", "--time", "9s"], "--overfit"),
-        (["--freeze", "conv9*"], "conv9"),
-        (["--freeze", "*"], "nothing"),
+        (["--freeze", "conv9*"], "--freeze: no layer or parameter is named conv9*"),
+        (["--freeze", "*"], "--freeze: nothing"),
         (["--optimizer", "sgdd"], "did you mean sgd"),
-        (["--optimizer", "bnbadam"], "--optimizer bnbadam"),
+        (["--optimizer", "bnbadam"], "--optimizer bnbadam: cannot be used here: "),
+        (["--optimizer", "adahessian"], "--optimizer adahessian: it needs second derivatives"),
+        (["--optimizer", "kron"], "--optimizer kron: it draws random numbers of its own"),
+        (["--optimizer", "lookahead_kronw"], "--optimizer lookahead_kronw: it draws random"),
         (["--schedule", "step"], "step:EPOCHS:0.1"),
         (["--schedule", "cosin"], "did you mean cosine"),
         (["--loss", "hinge"], "--loss"),
@@ -196,9 +203,8 @@ def test_what_was_interrupted_ends_alike(plain, tmp_path, monkeypatch, words):
         (["--mixup", "-1"], "--mixup"),
         (["--cutmix", "1e-300"], "--cutmix"),
         (["--metric", "f1", "--keep", "last"], "--metric"),
-        (["--overfit", "5000"], "there are 1437 training pictures"),
+        (["--overfit", "5000"], "there are only 1437 training images"),
         (["--optimizer", "muon", "--momentum", "1"], "--optimizer muon"),
-        (["--optimizer", "adahessian", "--compile"], "--compile"),
         (["--label-smoothing", "1"], "--label-smoothing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -273,44 +279,43 @@ def test_the_average_is_what_is_validated_and_kept(tmp_path, precision):
 
 
 def test_overfit_tells_the_truth(tmp_path, monkeypatch, capsys):
-    """A network that can learn pictures by heart does, with status 0; one that cannot, 1."""
+    """A network that can learn images by heart does, with status 0; one that cannot, 1."""
     words = ["--data", "digits", *TINY, "--overfit", "12", "--output"]
     assert call(train.main, *words, tmp_path / "able", "--augment", "rand") == 0
     said = capsys.readouterr().out
-    assert "memorised: all 12 pictures" in said and "12 pictures to train on" in said
-    assert (
-        cli.parse(options.build_parser(), ["--config", tmp_path / "able" / "options.yaml"]).augment
-        == "none"
-    )
-    monkeypatch.setattr(options, "MEMORISED", 20)  # epochs, of which none gets anywhere
+    assert "memorized all 12 images after " in said and "12 training images" in said
+    stored = options.parse(["--config", str(tmp_path / "able" / "options.yaml")])
+    assert stored["augment"] == "none"
+    monkeypatch.setattr(options, "MEMORIZED_AFTER", 20)  # epochs, of which none gets anywhere
     assert call(train.main, *words, tmp_path / "unable", "--lr", "1e-9") == 1
-    assert "not memorised: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"memorized only \d+ of 12 images in 20 epochs: check --lr", said)
 
 
 def test_limit(tmp_path, capsys):
-    """So many pictures are trained on, of all classes; test.py still measures all test pictures."""
+    """So many images are trained on, of all classes; test.py still measures all test images."""
     fit(tmp_path / "run", "--limit", "25", "--epochs", "1")
-    assert "25 pictures to train on, 25 to validate" in capsys.readouterr().out
+    assert "25 training images, 25 validation images" in capsys.readouterr().out
     assert call(measure.main, "--weights", tmp_path / "run" / "model.safetensors") == 0
     report = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
     assert report["images"] == 360
 
 
-def test_picture_weights(make_folder, tmp_path, capsys):
-    """A weight of 0 leaves a picture out; what a file names wrongly is told with its line."""
+def test_image_weights(make_folder, tmp_path, capsys):
+    """A weight of 0 leaves an image out; what a file names wrongly is told with its line."""
     pictures = make_folder(tmp_path / "pictures", {"train": 6, "val": 2}, size=(12, 12))
     table = tmp_path / "weights.csv"
 
     def run(name, text, *words):
         table.write_text("file,weight\n" + text)
         words = ["--data", pictures, *TINY, "--epochs", "1", "--output", tmp_path / name, *words]
-        return call(train.main, *words, "--picture-weights", table)
+        return call(train.main, *words, "--image-weights", table)
 
     files = [f"train/{c}/{i}.png" for c in ("ants", "bees") for i in range(6)]
     weights = "".join(f"{file},{0 if 'ants' in file else 2}\n" for file in files)
     one = "--batch-size 12 --optimizer sgd --lr 0.5 --momentum 0 --schedule constant".split()
     assert run("bees", weights + "val/ants/0.png,3\n", *one) == 0
-    # The gradient is that of the bees alone, each weighing as much as two pictures did.
+    # The gradient is that of the bees alone, each weighing as much as two images did.
     torch.manual_seed(0)
     tensors, header = lenslet.weights.read(tmp_path / "bees" / "model.safetensors")
     network = model.create_model("lenet", **header["model_args"])
@@ -325,36 +330,38 @@ def test_picture_weights(make_folder, tmp_path, capsys):
         torch.testing.assert_close(tensors[name], stepped.detach(), rtol=1e-4, atol=1e-6)
     capsys.readouterr()
     for text, said in (
-        ("train/ants/9.png,1\n", "line 2: 'train/ants/9.png' is no picture"),
+        ("train/ants/9.png,1\n", "line 2: 'train/ants/9.png' is not an image"),
         ("train/ants/0.png,1\ntrain/ants/1.png,-1\n", "line 3"),
-        ("train/ants/0.png,many\n", "'many' is no weight"),
+        ("train/ants/0.png,many\n", "'many' is not a weight"),
         ("".join(f"{file},0\n" for file in files), "above 0"),
     ):
         assert run("bad", text) == 2
         assert said in capsys.readouterr().err
     table.write_text("picture,weight\n")
-    assert call(train.main, "--data", pictures, *TINY, "--picture-weights", table) == 2
+    assert call(train.main, "--data", pictures, *TINY, "--image-weights", table) == 2
     assert "columns file and weight" in capsys.readouterr().err
     table.write_text("weight,file\n2\n")
-    assert call(train.main, "--data", pictures, *TINY, "--picture-weights", table) == 2
-    assert "line 2: '' is no picture" in capsys.readouterr().err
+    assert call(train.main, "--data", pictures, *TINY, "--image-weights", table) == 2
+    assert "line 2: '' is not an image" in capsys.readouterr().err
     table.write_text("file,weight\n99999999,2\n")
-    assert call(train.main, *DIGITS, "--picture-weights", table) == 2
-    assert "'99999999' is no picture of digits" in capsys.readouterr().err
+    assert call(train.main, *DIGITS, "--image-weights", table) == 2
+    assert "'99999999' is not an image of digits" in capsys.readouterr().err
 
 
-def test_too_few_pictures_to_validate(make_folder, tmp_path, capsys):
-    """What needs validation pictures is refused where the share of them comes to none."""
+def test_too_few_images_to_validate(make_folder, tmp_path, capsys):
+    """What needs validation images is refused where the share of them comes to none."""
     few = make_folder(tmp_path / "few", {"train": 4})
     assert (
         call(train.main, "--data", few, *TINY, "--patience", "1", "--output", tmp_path / "r") == 2
     )
-    assert "--patience needs validation pictures: --val 0.1" in capsys.readouterr().err
+    assert (
+        "--patience needs validation images, and --val 0.1 leaves none" in capsys.readouterr().err
+    )
     assert not (tmp_path / "r").exists()
 
 
 def test_fold_with_an_own_val_is_refused(make_folder, tmp_path, capsys):
-    """Folds are of the training pictures: a folder's own val/ would not be one of them."""
+    """Folds are of the training images: a folder's own val/ would not be one of them."""
     own = make_folder(tmp_path / "own", {"train": 6, "val": 2})
     assert call(train.main, "--data", own, *TINY, "--fold", "1/2") == 2
     assert "val/ of its own" in capsys.readouterr().err
@@ -380,7 +387,8 @@ def test_pretrained_and_teacher(plain, make_folder, tmp_path, capsys):
     moved = {key for key in tensors if not torch.equal(tensors[key], plain[0][key])}
     assert moved == set(tensors)
     assert call(train.main, *DIGITS, "--pretrained", path, "--model", "tutorial_cnn") == 2
-    assert "give --model lenet" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --pretrained {path}: ") and "are for lenet, not for " in error
 
     words = ["--teacher", path, "--teacher-share", "1", "--seed", "3", "--epochs", "6"]
     _, _, taught = fit(tmp_path / "taught", *words, "--temperature", "2")
@@ -393,14 +401,14 @@ def test_pretrained_and_teacher(plain, make_folder, tmp_path, capsys):
 
 
 def test_the_grid_shows_what_is_trained_on(tmp_path):
-    """The first batch's picture in TensorBoard is the augmented and mixed one."""
+    """The first batch's grid in TensorBoard is the augmented and mixed one."""
     seen = []
     for words in ([], ["--mixup", "1"], ["--augment", "trivial"]):
         run = tmp_path / str(len(seen))
         fit(run, *words, "--epochs", "1")
         events = EventAccumulator(str(run))
         events.Reload()
-        seen.append(events.Images("training_pictures")[0].encoded_image_string)
+        seen.append(events.Images("training_images")[0].encoded_image_string)
     assert len(set(seen)) == 3
 
 
@@ -445,7 +453,7 @@ def test_folds(tmp_path, monkeypatch, capsys):
             return 143
         return call(train.main, *words)
 
-    monkeypatch.setattr(folds.launch, "run_training", stand_in)
+    monkeypatch.setattr(launch, "run_training", stand_in)
     out = tmp_path / "folds"
     command = ["--folds", "3", "--output", out, *DIGITS]
     assert call(folds.main, *command) == 143
