@@ -93,9 +93,7 @@ class FastNet(nn.Module):
 
     stem_note = ""
 
-    def __init__(
-        self, classes: int, channels: int = 3, size: tuple[int, int] = (32, 32), width: int = 32
-    ):
+    def __init__(self, classes: int, channels: int = 3, size=(32, 32), width: int = 32):
         super().__init__()
         self.input_size = tuple(max(16, side) for side in size)  # smaller ones are enlarged
         filters = 2 * channels * 2 * 2  # each direction in a 2×2 patch, and its negative
@@ -310,8 +308,7 @@ def find_models(patterns: list[str]) -> list[str]:
 
     known, found = [*NETWORKS, *timm.list_models(), *_torchvision_names()], set()
     for pattern in patterns:
-        ways = (pattern, f"torchvision/{pattern}")
-        matching = [name for way in ways for name in fnmatch.filter(known, way)]
+        matching = fnmatch.filter(known, pattern) + fnmatch.filter(known, f"torchvision/{pattern}")
         if not matching:
             hint = nearest(pattern.strip("*"), known)
             raise UserError(f"no network's name matches {pattern}{hint}")

@@ -70,8 +70,7 @@ def read_header(path: str | Path) -> dict:
 
     Errors: UserError, without the path, for a file that is missing, cut off or not one of ours.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise UserError("no such weights file (train one with `make train`)")
     try:
         with safe_open(path, framework="pt") as file:
@@ -80,8 +79,7 @@ def read_header(path: str | Path) -> dict:
         raise UserError(f"not a complete safetensors file ({error})") from error
     if header.get("format") != FORMAT:
         raise UserError("not written by train.py (its header does not say how to use it)")
-    if header.get("version") != VERSION:
-        version = header.get("version")
+    if (version := header.get("version")) != VERSION:
         raise UserError(f"format version {version}, but this code reads version {VERSION}")
     try:
         return {k: v if k in TEXT else json.loads(v) for k, v in header.items()}
