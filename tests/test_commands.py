@@ -130,9 +130,9 @@ def serve(command, cwd):
 
 
 def test_processes_count_and_train_like_one(clone, make_folder):
-    """Two and four CPU processes evaluate every picture once and take the same steps as one.
+    """Two and four CPU processes evaluate every image once and take the same steps as one.
 
-    37 pictures to train on, 9 to validate and 11 to test: nothing divides evenly.
+    37 training images, 9 validation images and 11 to test: nothing divides evenly.
     """
     folder = make_folder(clone / "odd", {"train": 1}, classes=("a", "b"), size=(16, 16))
     for split, count in (("train", 37), ("val", 9), ("test", 11)):
@@ -158,8 +158,8 @@ def test_processes_count_and_train_like_one(clone, make_folder):
                 said.append(together.scripts(launcher, clone, script, words.split()))
             else:  # on all cores
                 said.append(shell(f"{launcher} scripts/{script}.py {words}", clone, threads=None))
-        assert "37 pictures to train on, 9 to validate" in said[0]
-        assert "11 pictures" in said[1]
+        assert "37 training images, 9 validation images" in said[0]
+        assert "11 images" in said[1]
         tensors[name] = weights.read(run / "model.safetensors")[0]
         metrics[name] = json.loads((run / "report" / "metrics.json").read_text())
     assert metrics["one"]["confusion"] == metrics["two"]["confusion"]
@@ -202,7 +202,10 @@ def test_two_processes_stop_together(clone, make_folder):
     (clone / "file").touch()
     for words, named in (
         (["--data", "cifar11"], "did you mean cifar10"),
-        (["--data", "digits", "--epochs", "1", "--output", clone / "file"], "--output"),
+        (
+            ["--data", "digits", "--epochs", "1", "--output", clone / "file"],
+            f"{clone / 'file'} is a file",
+        ),
     ):
         said = together.scripts(2, clone, "train", words, status=2)
         assert said.count("error: ") == 1 and named in said and "Traceback" not in said
@@ -221,7 +224,7 @@ def test_two_processes_stop_together(clone, make_folder):
     assert "Traceback" not in before_its_report
 
 
-def test_broken_test_pictures_are_skipped_to_the_end(clone, make_folder):
+def test_broken_test_images_are_skipped_to_the_end(clone, make_folder):
     """ARGS=--skip-broken holds for the whole of make train; a name with a space is no obstacle."""
     folder = make_folder(clone / "with space", {"train": 6, "test": 3}, size=(16, 16))
     (folder / "test" / "bees" / "torn.png").write_bytes(b"")
@@ -229,7 +232,7 @@ def test_broken_test_pictures_are_skipped_to_the_end(clone, make_folder):
     words = "--skip-broken --epochs 1 --no-watch"
     said = shell(f"make train DATA='with space' MODEL=lenet ARGS='{words}'", clone)
     assert "1 broken pictures left out" in said
-    assert "6 pictures" in said
+    assert "6 images" in said
 
 
 def test_mistakes_reach_the_shell(clone):
@@ -259,8 +262,8 @@ def test_reproduce(clone):
     header["threads"] = 3
     (run / "model.safetensors").write_bytes(weights.encode(tensors, header))
     said = shell("make reproduce RUN=runs/first", clone, status=2)  # make's own
-    assert "'torch': '0.1'" in said.split("pictures to train on")[0]
-    assert "3 threads, as then" in said.split("pictures to train on")[0] or os.cpu_count() > 2
+    assert "'torch': '0.1'" in said.split("training images")[0]
+    assert "3 threads, as then" in said.split("training images")[0] or os.cpu_count() > 2
     assert "2 x 3 threads" in said or "1 x 3 threads" in said
     steps = [step for step, _ in header["digests"]]
     assert f"at step {steps[0]}" in said or f"after step {steps[0]}" in said
@@ -343,7 +346,7 @@ def test_batch_norm_on_two_processes(clone, make_folder):
     words = "--data norm --model resnet10t --epochs 2 --batch-size 8 --output runs/norm"
     words += " --precision no"
     launch = "OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2"
-    assert "18 to validate" in shell(f"{launch} scripts/train.py {words}", clone)
+    assert "18 validation images" in shell(f"{launch} scripts/train.py {words}", clone)
     found = []
     for launcher in (launch, ".venv/bin/python"):
         shell(f"{launcher} scripts/test.py --weights runs/norm/model.safetensors", clone)

@@ -4,6 +4,11 @@ import csv
 import importlib
 import json
 import math
+import os
+import statistics
+import subprocess
+import sys
+import time
 
 import predict
 import pytest
@@ -30,7 +35,7 @@ TINY = ["--model", "lenet", "--epochs", "2", "--workers", "0", "--precision", "n
 
 @pytest.fixture
 def pictures(make_folder, tmp_path):
-    """A folder of small pictures with all three splits; 26 to train on: batches are ragged."""
+    """A folder of small images with all three splits; 26 to train on: batches are ragged."""
     return make_folder(tmp_path / "pictures", {"train": 13, "val": 5, "test": 7}, size=(12, 12))
 
 
@@ -149,16 +154,21 @@ def test_a_finished_run_is_never_overwritten(pictures, tmp_path):
 
 
 def test_what_tensorboard_shows(pictures, tmp_path):
-    """Losses, accuracies, learning rate, speed, a grid of pictures and the options are logged."""
+    """Losses, accuracies, learning rate, speed, a grid of images and the options are logged."""
     fit(pictures, tmp_path / "run", "--log-every", "2", "--batch-size", "5")
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
-    steps = [event.step for event in events.Scalars("train_loss")]
-    assert steps == [2, 4, 5, 6, 8, 10]  # of 26 pictures in fives, the last one is dropped
-    assert [e.step for e in events.Scalars("epoch/val_accuracy")] == [5, 10]
-    tags = set(events.Tags()["scalars"])
-    assert {"learning_rate", "epoch/train_loss", "epoch/images_per_second"} <= tags
-    assert events.Images("training_pictures")[0].width > 100
+    for tag in ("loss/train", "lr"):
+        steps = [event.step for event in events.Scalars(tag)]
+        assert steps == [2, 4, 5, 6, 8, 10]  # of 26 images in fives, the last one is dropped
+    epochs = {"accuracy/train", "accuracy/val", "loss/val", "metrics/val_f1"}
+    epochs.add("speed/images_per_second")
+    for tag in epochs:
+        assert [event.step for event in events.Scalars(tag)] == [5, 10]
+    tags = {tag for tag in events.Tags()["scalars"] if not tag.startswith("result/")}
+    assert tags == epochs | {"loss/train", "lr"}
+    assert events.Images("training_images")[0].width > 100
+    assert [image.step for image in events.Images("training_images")] == [0]
     assert "_hparams_/session_start_info" in events.summary_metadata
 
 
@@ -194,8 +204,8 @@ def test_tta_is_reported_beside_the_plain_figure(pictures, tmp_path, capsys):
     assert "--augment" in capsys.readouterr().err
 
 
-def test_test_py_measures_every_picture(pictures, tmp_path, capsys):
-    """The report's figures follow from its own CSV, which has one row for every test picture."""
+def test_test_py_measures_every_image(pictures, tmp_path, capsys):
+    """The report's figures follow from its own CSV, which has one row for every test image."""
     fit(pictures, tmp_path / "run")
     assert (
         call(measure.main, "--weights", tmp_path / "run" / "model.safetensors", "--workers", "0")
@@ -254,20 +264,20 @@ def test_predict_formats(pictures, tmp_path, capsys):
 
 
 def test_predict_answers_what_it_can(pictures, tmp_path, capsys):
-    """An unreadable picture is named on standard error, the others are answered, status 1."""
+    """An unreadable image is named on standard error, the others are answered, status 1."""
     fit(pictures, tmp_path / "run")
     good = next((pictures / "test" / "ants").iterdir())
     bad = tmp_path / "bad.png"
     bad.write_bytes(good.read_bytes()[:40])
     capsys.readouterr()
-    words = [bad, good, tmp_path / "gone.png", "--format", "csv"]
+    words = [bad, good, tmp_path / "gone.png", "--format", "csv", "--weights", tmp_path / "run"]
     assert call(predict.main, *words) == 1
     said = capsys.readouterr()
     assert [line.split(",")[0] for line in said.out.splitlines()] == ["file", str(good)]
     assert "bad.png" in said.err and "gone.png" in said.err and len(said.err.splitlines()) == 2
 
 
-def test_greyscale_weights_answer_colour_pictures(make_folder, tmp_path, capsys):
+def test_greyscale_weights_answer_colour_images(make_folder, tmp_path, capsys):
     """Weights trained on one channel take a colour photograph of any size, and the reverse."""
     grey = make_folder(tmp_path / "grey", {"train": 4, "val": 2}, size=(8, 8), mode="L")
     colour = make_folder(tmp_path / "colour", {"train": 4}, size=(90, 40))
@@ -310,12 +320,12 @@ def test_without_network_the_digits_are_used(tmp_path, monkeypatch, capsys):
         (["--config", "tutorail"], "did you mean tutorial"),
         (["--data", "no/such/folder"], "no such folder"),
         (["--mean", "0.1", "0.2"], "one per channel"),
-        (["--width", "32"], "of fastnet, not of lenet"),
+        (["--width", "32"], "--width is an option of fastnet, not of lenet"),
         (["--data", "digits", "--width", "32"], "of fastnet, not of lenet"),
-        (["--time", "60"], "no time like"),
+        (["--time", "60"], "not a time like"),
         (["--warmup", "20.5"], "not a whole number"),
         (["--plan", "no/such/file"], "no such weights file"),
-        (["--precision", "fp16"], "--precision no"),
+        (["--precision", "fp16"], "fp16 does not run on a CPU"),
     ],
 )
 def test_mistakes_end_in_one_line(pictures, words, named, capsys):
@@ -327,6 +337,36 @@ def test_mistakes_end_in_one_line(pictures, words, named, capsys):
     assert said.err.startswith("error: ") and len(said.err.splitlines()) == 1
     assert named in said.err
     assert not lenslet.files.RUNS.exists() or not list(lenslet.files.RUNS.iterdir())
+
+
+def seconds(*words):
+    """How long Python takes for these words: the median of three times."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *words], capture_output=True)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--epoch", "3"]])
+def test_mistakes_wait_for_no_import(words):
+    """--help and a misspelt option are answered at once: nothing large is imported before."""
+    script = lenslet.files.ROOT / "scripts" / "train.py"
+    code = (
+        "import runpy, sys\n"
+        "try:\n    del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally:\n    print({'torch', 'numpy', 'accelerate', 'PIL'} & set(sys.modules))\n"
+    )
+    command = [sys.executable, "-c", code, script, *words]
+    env = {**os.environ, "PYTHONPATH": str(script.parent)}
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "set()"
+    if words == ["--help"]:
+        assert result.returncode == 0 and "--epochs N" in result.stdout and not result.stderr
+    else:
+        assert result.returncode == 2 and "did you mean --epochs" in result.stderr
+    assert seconds(script, *words) - seconds("-c", "pass") < 0.6
 
 
 def test_a_network_named_by_no_recipe_must_be_named(pictures, tmp_path, capsys):
@@ -343,7 +383,8 @@ def test_unwritable_output(pictures, tmp_path, capsys):
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         words = ["--data", str(pictures), *TINY, "--output", str(output)]
         assert call(train.main, *words) == 2
-        assert "--output" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert str(tmp_path / "file") in error and "name a" in error
 
 
 def test_other_data_for_the_weights(make_folder, pictures, tmp_path, capsys):
