@@ -59,18 +59,18 @@ class Interrupts:
         if not self.group:
             self.stop = self.asked
             return save
-        answer = torch.zeros(2, dtype=torch.int64)
+        agreed = torch.zeros(2, dtype=torch.int64)
         if self.pending:
-            handle, answer = self.pending
+            handle, agreed = self.pending
             handle.wait()
-        self.wished = save and not self.wished  # a wish is answered once, at the next call
+        self.wished = save and not self.wished  # a wish is granted once, at the next call
         mine = torch.tensor([self.asked, self.wished])
         handle = distributed.all_reduce(mine, distributed.ReduceOp.MAX, self.group, async_op=True)
         self.pending = handle, mine
         if wait:
             handle.wait()
-            self.pending, answer = None, torch.maximum(answer, mine)
-        stop, save = answer.tolist()
+            self.pending, agreed = None, torch.maximum(agreed, mine)
+        stop, save = agreed.tolist()
         self.stop = max(self.stop, stop)
         return bool(save)
 
@@ -97,12 +97,12 @@ def name_lost_processes(rank: int) -> None:
     from accelerate.utils import gather_object
 
     here = platform.node()
-    peers = list(enumerate(gather_object([(here, os.getpid())])))
+    peers = gather_object([(here, os.getpid())])
 
     def is_gone(host, pid):
         try:
-            gone = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-            return host == here and psutil.Process(pid).status() in gone
+            ended = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+            return host == here and psutil.Process(pid).status() in ended
         except psutil.NoSuchProcess:
             return True
 
@@ -110,13 +110,13 @@ def name_lost_processes(rank: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, before the line is out
         lost, deadline = [], time.monotonic() + 2
         while issubclass(kind, RuntimeError) and not lost and time.monotonic() < deadline:
-            lost = [r for r, (host, pid) in peers if r != rank and is_gone(host, pid)]
+            lost = [r for r, peer in enumerate(peers) if r != rank and is_gone(*peer)]
             time.sleep(0.05)  # its sockets close a moment before it is gone
         if not lost:
             return sys.__excepthook__(kind, error, trace)
-        names = " and ".join(f"process {r} (pid {peers[r][1][1]})" for r in lost)
+        names = " and ".join(f"process {r} (pid {peers[r][1]})" for r in lost)
         print(f"error: {names} of {len(peers)} ended, so process {rank} does too", file=sys.stderr)
-        # Whatever is told goodbye on the way out may wait for the lost one.
+        # A regular exit runs clean-up that may wait for the lost process.
         sys.stderr.flush()
         os._exit(1)
 
