@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lenslet.files import sync_folder, write_to_disk
@@ -31,13 +30,13 @@ def save_checkpoint(
     Errors: OSError naming the folder; then the earlier ones are as they were.
     """
     tensors = {}
-    skeleton = _take_apart(state, tensors, "state")
-    files = {"state.safetensors": to_bytes(tensors), "state.json": json.dumps(skeleton).encode()}
+    tree = _to_json(state, tensors, "state")
+    files = {"state.safetensors": save(tensors), "state.json": json.dumps(tree).encode()}
     if weights is not None:
         files["model.safetensors"] = weights
     sums = {name: [len(data), hashlib.sha256(data).hexdigest()] for name, data in files.items()}
     manifest = {"format": FORMAT, "version": VERSION, "files": sums}
-    number = 1 + max((_number(old) for old in _saved(folder)), default=0)
+    number = 1 + max(_saved(folder), default=0)
     path = folder / f"{number:06d}-step-{step}"
     aside = folder / f".{path.name}"
     try:
@@ -66,7 +65,7 @@ def save_checkpoint(
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint in a folder, if any, and a line about each damaged newer one."""
     notes = []
-    for path in sorted(_saved(folder), key=_number, reverse=True):
+    for _, path in sorted(_saved(folder).items(), reverse=True):
         fault = _fault(path)
         if not fault:
             return path, notes
@@ -77,15 +76,20 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 def load_checkpoint(path: Path) -> dict:
     """The state that save_checkpoint() was given, tensors on the CPU, of a valid checkpoint."""
     tensors = load_file(path / "state.safetensors")
-    return _put_together(json.loads((path / "state.json").read_text()), tensors)
+
+    def restore(entry):  # each of JSON's objects, the inner ones first: the inverse of _to_json()
+        ((kind, value),) = entry.items()
+        if kind == "tensor":
+            return tensors[value]
+        return getattr(torch, value) if kind == "dtype" else dict(value)
+
+    return json.loads((path / "state.json").read_text(), object_hook=restore)
 
 
-def _saved(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*-step-*") if path.name[:1].isdigit()]
-
-
-def _number(path: Path) -> int:
-    return int(path.name.split("-")[0])
+def _saved(folder: Path) -> dict[int, Path]:
+    """{number: checkpoint}, damaged ones too."""
+    paths = [path for path in folder.glob("*-step-*") if path.name[:1].isdigit()]
+    return {int(path.name.split("-")[0]): path for path in paths}
 
 
 def _fault(path: Path) -> str:
@@ -110,7 +114,7 @@ def _fault(path: Path) -> str:
     return ""
 
 
-def _take_apart(tree, tensors: dict[str, Tensor], name: str):
+def _to_json(tree, tensors: dict[str, Tensor], name: str):
     """The tree as JSON can hold it; its tensors are moved to `tensors`, under their paths.
 
     Dicts become lists of pairs, for the keys of JSON's objects are strings only.
@@ -120,22 +124,9 @@ def _take_apart(tree, tensors: dict[str, Tensor], name: str):
         tensors[name] = storable(tree)
         return {"tensor": name}
     if isinstance(tree, dict):
-        return {"dict": [[k, _take_apart(v, tensors, f"{name}/{k}")] for k, v in tree.items()]}
+        return {"dict": [[k, _to_json(v, tensors, f"{name}/{k}")] for k, v in tree.items()]}
     if isinstance(tree, torch.dtype):
         return {"dtype": str(tree).removeprefix("torch.")}
     if isinstance(tree, list | tuple):
-        return [_take_apart(v, tensors, f"{name}/{i}") for i, v in enumerate(tree)]
+        return [_to_json(v, tensors, f"{name}/{i}") for i, v in enumerate(tree)]
     return tree
-
-
-def _put_together(tree, tensors: dict[str, Tensor]):
-    """The inverse of _take_apart()."""
-    if isinstance(tree, list):
-        return [_put_together(value, tensors) for value in tree]
-    if not isinstance(tree, dict):
-        return tree
-    if "tensor" in tree:
-        return tensors[tree["tensor"]]
-    if "dtype" in tree:
-        return getattr(torch, tree["dtype"])
-    return {key: _put_together(value, tensors) for key, value in tree["dict"]}

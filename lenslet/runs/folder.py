@@ -35,8 +35,7 @@ def claim(folder: str | Path, compare, resume: bool = True) -> tuple[Path, Path 
         if not (run / "options.yaml").is_file() or is_finished(run):
             continue
         if different := compare(run):
-            if not notes:
-                notes = [f"{run} is unfinished but has other options ({different}): new run"]
+            notes = notes or [f"{run} is unfinished but has other options ({different}): new run"]
             continue
         run, checkpoint, damaged = lock_unfinished(run)
         if checkpoint or not (run / "model.safetensors").exists():
@@ -46,12 +45,11 @@ def claim(folder: str | Path, compare, resume: bool = True) -> tuple[Path, Path 
     for number in itertools.count(1):
         run = _run(folder, number)
         try:
-            if run.is_dir():
-                if not os.access(run, os.R_OK | os.W_OK | os.X_OK):
-                    raise UserError(f"{run}: no permission; name another folder")
-                if any(not path.name.startswith(".") for path in run.iterdir()):
-                    continue
             run.mkdir(parents=True, exist_ok=True)
+            if not os.access(run, os.R_OK | os.W_OK | os.X_OK):
+                raise UserError(f"{run}: no permission; name another folder")
+            if any(not path.name.startswith(".") for path in run.iterdir()):
+                continue
         except FileExistsError as error:
             raise UserError(f"{run} is a file; name a folder") from error
         except OSError as error:
@@ -97,10 +95,9 @@ def is_finished(run: Path) -> bool:
 def numbered(folder: str | Path) -> list[Path]:
     """Those of folder, folder-2, folder-3, … that there are, in this order."""
     folder = Path(folder)
-    numbers = [1]
-    for other in folder.parent.glob(glob.escape(folder.name) + "-*"):
-        number = other.name.removeprefix(folder.name + "-")
-        numbers += [int(number)] if number.isdecimal() and int(number) > 1 else []
+    others = folder.parent.glob(glob.escape(folder.name) + "-*")
+    suffixes = [other.name.removeprefix(folder.name + "-") for other in others]
+    numbers = {1} | {int(suffix) for suffix in suffixes if suffix.isdecimal()} - {0}
     return [run for n in sorted(numbers) if (run := _run(folder, n)).is_dir()]
 
 
@@ -133,8 +130,8 @@ def weights_path(named: str | None) -> Path:
     if named and not path.is_dir():
         return path
     path = path / "model.safetensors"
-    if not path.is_file():
-        if named:
-            raise UserError(f"{named}: no model.safetensors in this folder; name a run or a file")
-        raise UserError(f"no weights in {files.RUNS}: train first (`make train`), or name a file")
-    return path
+    if path.is_file():
+        return path
+    if named:
+        raise UserError(f"{named}: no model.safetensors in this folder; name a run or a file")
+    raise UserError(f"no weights in {files.RUNS}: train first (`make train`), or name a file")

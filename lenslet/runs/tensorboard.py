@@ -31,10 +31,8 @@ class TensorBoard:
             self._open(step)
 
     def _open(self, step: int) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self.writer = SummaryWriter(self.folder, purge_step=step + 1 if step else 0)
-        except OSError:
-            self.writer = None
 
     def add(self, kind: str, *args) -> None:
         """Call SummaryWriter's add_<kind>(*args), if there is room on the disk."""
