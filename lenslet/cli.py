@@ -214,6 +214,13 @@ def alpha(text: str) -> float:
     return value and number(float, 0.01)(text)
 
 
+def class_weights(text: str) -> None:
+    """An argparse type: 'balanced' or 'w1,w2,…'."""
+    weights = [1] if text == "balanced" else [number(float, 0)(word) for word in text.split(",")]
+    if not any(weights):
+        raise argparse.ArgumentTypeError("no weight is above 0")
+
+
 def add_weights_option(parser: Parser) -> None:
     """Which weights to use."""
     help = "a model.safetensors or a run folder (default: the newest run)"

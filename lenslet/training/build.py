@@ -58,22 +58,16 @@ def begin(given: dict):
     if options.needs_recipe(given):
         with error_context(f"--data {name}"):
             recipe = start.from_main_process(state, lambda: recipe_for(name or "cifar10"))
-    args = options.complete(given, name or "cifar10", recipe)
+    world = state.num_processes
+    args = options.complete(given, name or "cifar10", recipe, world)
     with error_context(f"--data {name}"):
         args.data = start.from_main_process(state, lambda: choose_data(name))
     if not name and args.data != "cifar10":
-        args = options.complete(given, args.data, recipe and RECIPES[args.data])
-    world = state.num_processes
-    if args.batch_size % world:
-        near = max(world, args.batch_size // world * world)
-        option = "overfit" if args.batch_size == args.overfit else "batch-size"
-        raise UserError(
-            f"--{option} {args.batch_size} cannot be divided among {world} processes; "
-            f"{near} and {near + world} can"
-        )
+        args = options.complete(given, args.data, recipe and RECIPES[args.data], world)
     if args.deterministic:
         compute_deterministically()
-    accelerator = start.create_accelerator(given.get("precision", "auto"), args.precision)
+    with error_context("--precision"):
+        accelerator = start.create_accelerator(given.get("precision", "auto"), args.precision)
     return args, accelerator
 
 
@@ -99,12 +93,10 @@ def read_inputs(args, accelerator: Accelerator) -> Inputs:
     counts = train.labels.bincount(minlength=len(data.classes))
     with error_context("--class-weights"):
         weights *= losses.class_weights(args.class_weights, counts)[train.labels]
-    options.check_with_data(args, data, weights, teacher and teacher[2])
+    world = accelerator.num_processes
+    options.check_with_data(args, data, weights, teacher and teacher[2], world)
     statistics = choose_statistics(args, data, header)
     planned = _read_planned(args) if args.plan else None
-    world = accelerator.num_processes
-    if len(train) < 2 * world:
-        raise UserError(f"--data {args.data}: {len(train)} training images are too few")
     data.to(accelerator.device)
     shared = {"workers": start.decoding_workers(args.workers), "world": world}
     shared["rank"] = accelerator.process_index
@@ -155,7 +147,9 @@ def choose_statistics(args, data: Data, known: dict) -> list[list[float]]:
     for key in ("mean", "std"):
         values = getattr(args, key) or statistics[key]
         if len(values) not in (1, 3, data.channels):
-            raise UserError(f"--{key}: give 1 or {data.channels} numbers, one per channel")
+            raise UserError(
+                f"--{key}: give one number per channel, of which there are {data.channels}"
+            )
         if len(values) > data.channels:  # a network for colour, and grey photographs
             values = [sum(values) / len(values)]
         chosen.append(values if len(values) == data.channels else values * data.channels)
@@ -297,16 +291,14 @@ def create_watch(args, inputs: Inputs, net: Net, board):
 
 def create_header(args, inputs: Inputs, net: Net) -> dict:
     """What weights.read_header() will find that is known before training."""
-    data = inputs.data
+    data, network = inputs.data, net.bare
+    reading = {key: getattr(data, key) for key in ("classes", "channels", "image_size", "crop")}
     return {
         "model": args.model,
-        "model_args": net.bare.arguments,
-        "stem": net.bare.stem_note,
-        "classes": data.classes,
-        "channels": data.channels,
-        "image_size": data.image_size,
-        "crop": data.crop,
-        "input_size": net.bare.input_size,
+        "model_args": network.arguments,
+        "stem": network.stem_note,
+        **reading,
+        "input_size": network.input_size,
         "mean": inputs.mean,
         "std": inputs.std,
         "data": args.data,

@@ -114,7 +114,7 @@ def build_parser(description: str = "") -> cli.Parser:
     help = "share of the true class's weight that is spread over all classes"
     add("--label-smoothing", metavar="SHARE", type=number(float, 0, 0.99), default=0.0, help=help)
     help = "of the classes in the loss: balanced, for classes of unequal size, or W1,W2,…"
-    add("--class-weights", metavar="WEIGHTS", type=as_written(class_weights), help=help)
+    add("--class-weights", metavar="WEIGHTS", type=as_written(cli.class_weights), help=help)
     help = "of single images in the loss: a CSV file with the columns file and weight"
     add("--image-weights", metavar="FILE", help=help)
     help = "distillation: learn from the answers of these weights too"
@@ -167,13 +167,6 @@ def loss(text: str) -> None:
         number(float, 0)(gamma)
 
 
-def class_weights(text: str) -> None:
-    """An argparse type: 'balanced' or 'w1,w2,…'."""
-    weights = [1] if text == "balanced" else [number(float, 0)(word) for word in text.split(",")]
-    if not any(weights):
-        raise argparse.ArgumentTypeError("no weight is above 0")
-
-
 def parse(argv: list[str] | None, description: str = "") -> dict:
     """The options given on the command line, in --config and by the resumed run: {name: value}.
 
@@ -201,10 +194,10 @@ def needs_recipe(given: dict) -> bool:
     return not (given.get("model") or given.get("config") or given.get("resume"))
 
 
-def complete(given: dict, data: str, recipe: str | None) -> argparse.Namespace:
+def complete(given: dict, data: str, recipe: str | None, world=1) -> argparse.Namespace:
     """All options of a training on a data set: those given, over those of its recipe.
 
-    Errors: UserError for a name that is not known, and as check().
+    world: number of processes.  Errors: UserError for a name that is not known, and as check().
     """
     # These import torch.
     from lenslet.training.optimizers import check_optimizer
@@ -222,7 +215,7 @@ def complete(given: dict, data: str, recipe: str | None) -> argparse.Namespace:
             setattr(args, name, str(Path(path).resolve()))
     if args.overfit:
         turn_off_regularization(args)
-    check(args)
+    check(args, world)
     with error_context("--optimizer"):
         check_optimizer(args.optimizer)
     with error_context("--model"):
@@ -243,7 +236,7 @@ def turn_off_regularization(args) -> None:
     args.batch_size = min(args.batch_size, args.overfit)
 
 
-def check(args) -> None:
+def check(args, world: int) -> None:
     """Refuse options that do not go together, before anything is read or fetched.
 
     Errors: UserError naming them.
@@ -278,17 +271,23 @@ def check(args) -> None:
     for message, refused in refusals.items():
         if refused:
             raise UserError(message)
+    if args.batch_size % world:
+        option = "--overfit" if args.batch_size == args.overfit else "--batch-size"
+        reason = f"cannot be divided among {world} processes: give a multiple of {world}"
+        raise UserError(f"{option} {args.batch_size} {reason}")
     if not validates(args):
         for option in needing_validation(args):
             raise UserError(f"{option} needs validation images: set --val above 0, or --fold")
 
 
-def check_with_data(args, data, weights, teacher: dict | None) -> None:
+def check_with_data(args, data, weights, teacher: dict | None, world: int) -> None:
     """Refuse what does not go with the data, before there is a run folder.
 
     weights float [N]: of the training images; teacher: its header.  Errors: UserError.
     """
     count = len(data.splits["train"])
+    if count < 2 * world:
+        raise UserError(f"--data {args.data}: {count} training images are too few")
     if "val" not in data.splits:
         for option in needing_validation(args):
             raise UserError(f"{option} needs validation images, and --val {args.val} leaves none")
