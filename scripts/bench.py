@@ -57,7 +57,7 @@ from lenslet.runs.folder import weights_path
 from lenslet.training.optimizers import create_optimizer
 from model import TutorialCNN, create_model
 
-BATCH, STEPS = 256, 10  # of bench_step
+BATCH, STEPS = 256, 10  # of `step`
 
 
 class Images(torch.utils.data.Dataset):
@@ -140,12 +140,17 @@ def take_turns(sides: dict, rounds: int) -> dict[str, list[float]]:
     return {side: found[1:] for side, found in seconds.items()}
 
 
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Of what take_turns() measured, each side's median."""
+    return {f"{side}_seconds": statistics.median(found) for side, found in seconds.items()}
+
+
 def median_ratio(above: list[float], below: list[float]) -> float:
     """The median of the ratios in each round."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
-def bench_tutorial(args) -> dict:
+def tutorial(args) -> dict:
     """Ours, the tutorial's loop, ours again."""
     words = [args.data, "--config", "tutorial", "--epochs", args.epochs]
     # The other side gets a fresh process, which nothing of ours has tuned.
@@ -158,12 +163,12 @@ def bench_tutorial(args) -> dict:
     return {"tutorial": theirs, "ours": ours, "times_faster": faster}
 
 
-def bench_accuracy(args) -> dict:
+def accuracy(args) -> dict:
     """One run of the data set's recipe for each of --times."""
     return {span: train_and_test(args.data, "--time", span) for span in args.times}
 
 
-def bench_step(args) -> dict:
+def step(args) -> dict:
     """Steps of the fast network, and of ResNet-18 fitted to small images."""
     accelerator = create_accelerator("auto")
     with error_context(f"--data {args.data}"):
@@ -214,13 +219,10 @@ def compare_steps(name: str, data: Data, rounds: int, accelerator) -> dict:
 
     sides = {f.__name__: f for f in (bare, ours, forward, evaluation)}
     seconds = take_turns(sides, rounds)
-    times = {side: statistics.median(found) for side, found in seconds.items()}
-    return {
-        "step_seconds": times["ours"] / steps,
-        "bare_step_seconds": times["bare"] / steps,
-        "step_over_bare": median_ratio(seconds["ours"], seconds["bare"]),
-        "evaluation_over_forward": times["evaluation"] / len(part) / (times["forward"] / BATCH),
-    }
+    times, over_bare = medians(seconds), median_ratio(seconds["ours"], seconds["bare"])
+    an_image = times["evaluation_seconds"] / len(part), times["forward_seconds"] / BATCH
+    figures = {"step_over_bare": over_bare, "evaluation_over_forward": an_image[0] / an_image[1]}
+    return {"batch_size": BATCH, "steps": steps, **times, **figures}
 
 
 def generate_photos(folder: Path, count: int = 24) -> str:
@@ -236,7 +238,7 @@ def generate_photos(folder: Path, count: int = 24) -> str:
     return str(folder)
 
 
-def bench_photos(args) -> dict:
+def photos(args) -> dict:
     """Passes over all photographs with torchvision's ImageFolder and with ours, in turn."""
     with tempfile.TemporaryDirectory() as temporary:
         name = args.photos or generate_photos(Path(temporary))
@@ -257,35 +259,28 @@ def bench_photos(args) -> dict:
             if (path := part.images[i]) in rows
             for image in data.batch("train", [i]).images
         ]
-    speeds = {
-        side: [len(loaders[side].dataset) / passed for passed in found]
-        for side, found in seconds.items()
-    }
-    return {
-        **{f"{side}_per_second": statistics.median(found) for side, found in speeds.items()},
-        "times_faster": median_ratio(speeds["ours"], speeds["torchvision"]),
-        "largest_mean_difference": max(differences),  # of an image, in grey levels
-    }
+    faster = median_ratio(seconds["torchvision"], seconds["ours"]) * len(part) / len(folder)
+    differ = {"largest_mean_difference": max(differences)}  # of an image, in grey levels
+    return {"images": len(part), **medians(seconds), "times_faster": faster, **differ}
 
 
-def bench_predict(args) -> dict:
+def predict(args) -> dict:
     """predict.py by the newest run as a process: `import torch`, one image and many, in turn."""
     run = weights_path(None).parent
     samples = sorted(run.glob("samples/*.png"))
     if not samples:
         raise UserError(f"{run} has no samples: run `make test` first")
     many = samples * (2000 // len(samples))
-    predict = [files.ROOT / "scripts/predict.py", "--weights", run]
+    words = [files.ROOT / "scripts/predict.py", "--weights", run]
     sides = {
         "import_torch": lambda: run_python("-c", "import torch"),
-        "predict": lambda: run_python(*predict, samples[0]),
-        "predict_many": lambda: run_python(*predict, *many),
+        "predict": lambda: run_python(*words, samples[0]),
+        "predict_many": lambda: run_python(*words, *many),
     }
     seconds = take_turns(sides, args.rounds)
-    times = {f"{side}_seconds": statistics.median(found) for side, found in seconds.items()}
-    torch_, one, all_ = times.values()
+    torch_, one, all_ = medians(seconds).values()
     speed = len(many) / (all_ - one)  # without the start
-    return {**times, "over_import_torch": one / torch_, "images_per_second": speed}
+    return {**medians(seconds), "over_import_torch": one / torch_, "images_per_second": speed}
 
 
 def describe_machine() -> dict:
@@ -302,13 +297,7 @@ def describe_machine() -> dict:
     }
 
 
-PARTS = {
-    "tutorial": bench_tutorial,
-    "step": bench_step,
-    "accuracy": bench_accuracy,
-    "photos": bench_photos,
-    "predict": bench_predict,
-}
+PARTS = {part.__name__: part for part in (tutorial, step, accuracy, photos, predict)}
 
 
 def main(argv=None):

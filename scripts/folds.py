@@ -15,81 +15,76 @@ from pathlib import Path
 
 import _root  # noqa: F401
 from lenslet import files
-from lenslet.cli import Parser, create_parser, number
+from lenslet.cli import create_parser, number
 from lenslet.errors import OutsideError, UserError, error_context, run_main
 from lenslet.training import options
 
-FIGURES = ("val_accuracy", "val_f1", "val_loss")
+FIGURES = {
+    "val_accuracy": ("accuracy", ".2%"),
+    "val_f1": ("macro F1", ".2%"),
+    "val_loss": ("loss", ".4f"),
+}
 
 
-def build_parser() -> Parser:
+def main(argv=None) -> int:
     parser = create_parser(__doc__)
     add = parser.add_argument
     add("--folds", metavar="K", type=number(int, 2), default=5, help="how many")
     help = "of each training"
     add("--processes", metavar="N", type=number(int, 1), default=1, help=help)
     add("--output", metavar="DIR", help="folder of the runs (default: runs/<data>-<model>-K-folds)")
-    return parser
-
-
-def main(argv=None) -> int:
-    args, words = build_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
+    args, words = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     given = options.parse(words)
     for option in ("fold", "overfit", "resume"):
         if given.get(option):
             raise UserError(f"--{option} is for a single training; leave it out")
 
     # These import torch, which takes a second.
-    from lenslet.data.load import RECIPES, choose_data, recipe_for
-    from lenslet.files import atomic_write
-    from lenslet.runs import launch
+    from lenslet.data.load import choose_data, recipe_for
     from lenslet.runs.folder import newest_finished
+    from lenslet.runs.launch import run_training
 
-    name, recipe = given.get("data"), None
-    with error_context(f"--data {name}"):
-        recipe = recipe_for(name or "cifar10") if options.needs_recipe(given) else None
-        wanted = options.complete(given, name or "cifar10", recipe)  # mistakes end here
-        data = choose_data(name)
-    if not name and recipe:
-        recipe = RECIPES[data]
+    with error_context(f"--data {given.get('data')}"):
+        data = choose_data(given.get("data"))
+        recipe = recipe_for(data) if options.needs_recipe(given) else None
+    wanted = options.complete(given | {"fold": f"1/{args.folds}"}, data, recipe)
+    run_name = options.run_name(wanted).rpartition("-fold-")[0]
+    folder = Path(args.output or files.RUNS / f"{run_name}-{args.folds}-folds")
     summaries = []
     for k in range(1, args.folds + 1):
-        wanted = options.complete(given | {"fold": f"{k}/{args.folds}"}, data, recipe)
-        run_name = options.run_name(wanted).rpartition("-fold-")[0]
-        folder = Path(args.output or files.RUNS / f"{run_name}-{args.folds}-folds")
-        fold = folder / f"fold-{k}"
-        run = newest_finished(fold, partial(options.differences, args=wanted))
-        if not run:
-            mine = ["--data", data, "--fold", f"{k}/{args.folds}", "--output", fold]
-            status = launch.run_training([*words, *mine], args.processes)
+        wanted.fold, output = f"{k}/{args.folds}", folder / f"fold-{k}"
+        compare = partial(options.differences, args=wanted)
+        if not newest_finished(output, compare):
+            mine = ["--data", data, "--fold", wanted.fold, "--output", output]
+            status = run_training([*words, *mine], args.processes)
             if status in (2, 130, 143):  # it has said why
                 return status
             if status:
-                raise OutsideError(
-                    f"fold {k} ended with status {status}; once mended, the same command goes on"
-                )
-            run = newest_finished(fold)
-        summaries.append(json.loads((run / "metrics.json").read_text())["summary"])
-
-    table = {
-        key: {"folds": values, "mean": statistics.mean(values), "std": statistics.stdev(values)}
-        for key in FIGURES
-        for values in [[summary[key] for summary in summaries]]
-    }
-    atomic_write(folder / "folds.json", json.dumps(table, indent=1))
-    for k, summary in enumerate(summaries, 1):
-        print(
-            f"fold {k}/{args.folds}: epoch {summary['best_epoch']}  "
-            f"accuracy {summary['val_accuracy']:.2%}  macro F1 {summary['val_f1']:.2%}  "
-            f"loss {summary['val_loss']:.4f}"
-        )
-    accuracy, f1, loss = (table[key] for key in FIGURES)
-    print(
-        f"mean ± deviation: accuracy {accuracy['mean']:.2%} ± {accuracy['std']:.2%}  "
-        f"macro F1 {f1['mean']:.2%} ± {f1['std']:.2%}  loss {loss['mean']:.4f} ± {loss['std']:.4f}"
-    )
-    print(f"folds: {folder}")
+                rest = "once mended, the same command goes on"
+                raise OutsideError(f"fold {k} ended with status {status}; {rest}")
+        metrics = (newest_finished(output, compare) / "metrics.json").read_text()
+        summaries.append(json.loads(metrics)["summary"])
+    report(summaries, folder)
     return 0
+
+
+def report(summaries: list[dict], folder: Path) -> None:
+    """Print what each fold reached, and their mean and deviation; write folder/folds.json."""
+    table = {}
+    for key in FIGURES:
+        values = [summary[key] for summary in summaries]
+        mean, deviation = statistics.mean(values), statistics.stdev(values)
+        table[key] = {"folds": values, "mean": mean, "std": deviation}
+    files.atomic_write(folder / "folds.json", json.dumps(table, indent=1))
+    for k, summary in enumerate(summaries, 1):
+        found = [f"{name} {summary[key]:{form}}" for key, (name, form) in FIGURES.items()]
+        print(f"fold {k}/{len(summaries)}: epoch {summary['best_epoch']}", *found, sep="  ")
+    found = [
+        f"{name} {table[key]['mean']:{form}} ± {table[key]['std']:{form}}"
+        for key, (name, form) in FIGURES.items()
+    ]
+    print("mean ± deviation: " + "  ".join(found))
+    print(f"folds: {folder}")
 
 
 if __name__ == "__main__":

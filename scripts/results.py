@@ -65,13 +65,13 @@ def draw_plot(stored: bytes) -> bytes:
     """Test accuracy against training time as SVG, which has the results' digest in it."""
     try:
         import matplotlib
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise OutsideError("matplotlib is not installed: `make results` does it") from error
 
-    matplotlib.use("svg")
-    pyplot.rcParams.update({"svg.hashsalt": "lenslet", "font.size": 9})
-    figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
+    matplotlib.rcParams.update({"svg.hashsalt": "lenslet", "font.size": 9})
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.add_subplot()
     for name, points in json.loads(stored)["accuracy_against_seconds"].items():
         seconds, accuracy = zip(*points, strict=True)
         axes.plot(seconds, [100 * a for a in accuracy], marker="o", markersize=4, label=name)
@@ -85,7 +85,6 @@ def draw_plot(stored: bytes) -> bytes:
     drawn = io.BytesIO()
     about = {"Date": None, "Description": hashlib.sha256(stored).hexdigest()}
     figure.savefig(drawn, format="svg", metadata=about)
-    pyplot.close(figure)
     return drawn.getvalue()
 
 
