@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lenslet import files
 from lenslet.data import decode, sets, verify
 from lenslet.data import load as module
 from lenslet.data.load import choose_data, load, recipe_for
@@ -267,7 +268,8 @@ def test_recipe_for(tmp_path, make_folder):
     assert recipe_for(str(tmp_path / "small")) == "cifar10"
     assert recipe_for(str(tmp_path / "large")) == "photos"
     assert recipe_for("digits") == "digits"
-    assert set(module.RECIPES) == set(sets.SETS)
+    for name in sets.SETS:
+        assert (files.RECIPES / f"{recipe_for(name)}.yaml").is_file()
     with pytest.raises(UserError, match="did you mean cifar10"):
         recipe_for("cifra10")
 
