@@ -36,8 +36,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{self.origin}{message} (see --help)")
 
-    def parse_args(self, args=None, namespace=None):
-        values, unknown = self.parse_known_args(args, namespace)
+    def parse_args(self, argv=None, namespace=None):
+        values, unknown = self.parse_known_args(argv, namespace)
         if unknown:
             word = unknown[0].split("=")[0]
             hint = nearest(word, self._option_string_actions)
@@ -139,9 +139,9 @@ def config_words(parser: Parser, path: Path) -> list[str]:
     return words
 
 
-def stored(args: argparse.Namespace) -> dict:
+def stored(options: argparse.Namespace) -> dict:
     """The options that a run is made of: all but those that say where to read them."""
-    return {key: value for key, value in vars(args).items() if key not in ("config", "resume")}
+    return {key: value for key, value in vars(options).items() if key not in ("config", "resume")}
 
 
 def as_yaml(values: dict) -> str:

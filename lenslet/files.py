@@ -54,7 +54,7 @@ def sync_folder(folder: Path) -> None:
 
 
 class Locked(Exception):
-    """Another process holds the lock: its words say which."""
+    """Another process holds a lock; the message says which."""
 
 
 def lock(folder: Path, wait: bool = False) -> IO:
@@ -74,7 +74,7 @@ def lock(folder: Path, wait: bool = False) -> IO:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise Locked(holder) from None
+        raise Locked(f"{folder} is in use by {holder}") from None
     except OSError:
         pass  # a network disk without locks: nothing else can be asked there
     file.truncate(0)

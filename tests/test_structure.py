@@ -19,7 +19,7 @@ LEVELS = [
     ["lenslet.runs", "lenslet.analysis"],
 ]
 KNOWS_ARGS = {"training/options.py", "training/build.py", "runs/run.py"}  # and scripts/
-NAMES_OPTIONS = KNOWS_ARGS | {"cli.py", "runs/summary.py"}
+NAMES_OPTIONS = KNOWS_ARGS | {"cli.py", "runs/summary.py", "runs/launch.py"}
 BRANCHES = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.IfExp, ast.Assert, ast.comprehension)
 CODE_LINES = 4643  # before the package was made; no more since
 

@@ -11,12 +11,27 @@ import itertools
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from lenslet import files
 from lenslet.errors import UserError
 from lenslet.runs.checkpoint import newest_checkpoint
 
 LOCKS = []  # open files: a lock lasts as long as the process
+
+
+class Found(NamedTuple):
+    """The folder to train in, locked for this process."""
+
+    folder: Path
+    checkpoint: Path | None  # to go on from; None: a new run
+    saved: dict | None  # what the checkpoint holds
+    notes: list[str]  # what the user should know, a line each
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that training is in, from 0."""
+        return self.saved["progress"]["epoch"] if self.saved else 0
 
 
 def claim(folder: str | Path, compare, resume: bool = True) -> tuple[Path, Path | None, list[str]]:
@@ -28,7 +43,7 @@ def claim(folder: str | Path, compare, resume: bool = True) -> tuple[Path, Path 
     compare(run): in words, how a run's options differ from those given; '' if they do not.
 
     Returns the folder, the checkpoint to go on from (None: begin), and what the user should know.
-    Errors: UserError for a run that is being trained, and a folder that cannot be made.
+    Errors: Locked for a run that is being trained; UserError for a folder that cannot be made.
     """
     notes = []
     for run in reversed(numbered(folder) if resume else []):
@@ -62,12 +77,7 @@ def claim(folder: str | Path, compare, resume: bool = True) -> tuple[Path, Path 
 
 def lock_unfinished(run: Path) -> tuple[Path, Path | None, list[str]]:
     """Lock an unfinished run, and find the checkpoint that it goes on from; as claim() returns."""
-    try:
-        LOCKS.append(files.lock(run))
-    except files.Locked as holder:
-        raise UserError(
-            f"{run} is being trained by {holder}: wait for it, or start another with --no-resume"
-        ) from None
+    LOCKS.append(files.lock(run))
     # What a crash left of files that were being written.
     for aside in [*run.glob(".*.*"), *run.glob("epochs/.*.*")]:
         if aside.suffix[1:].isdigit():
@@ -76,8 +86,10 @@ def lock_unfinished(run: Path) -> tuple[Path, Path | None, list[str]]:
     return run, checkpoint, notes
 
 
-def resume(run: Path) -> tuple[Path, Path | None, list[str]]:
+def resume(run: Path, compare) -> tuple[Path, Path | None, list[str]]:
     """lock_unfinished() for a run that was named.  Errors: UserError if it cannot be resumed."""
+    if different := compare(run):
+        raise UserError(f"{run} has other options ({different}): leave out those that differ")
     run, checkpoint, damaged = lock_unfinished(run)
     if not checkpoint and (run / "model.safetensors").exists():
         raise UserError("; ".join([*damaged, f"{run} has no usable checkpoint to resume from"]))

@@ -11,8 +11,8 @@ import math
 import os
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -25,11 +25,11 @@ from lenslet.data.batches import on_device
 from lenslet.distributed.determinism import environment, environment_changes
 from lenslet.distributed.interrupts import Interrupts
 from lenslet.distributed.start import device_time, from_main_process
-from lenslet.errors import UserError
+from lenslet.errors import UserError, error_context
 from lenslet.files import atomic_write
 from lenslet.metrics import figures, score
 from lenslet.runs import checkpoint, summary
-from lenslet.runs.folder import claim, is_finished, point_latest, resume
+from lenslet.runs.folder import Found, claim, is_finished, point_latest, resume
 from lenslet.runs.tensorboard import TensorBoard
 from lenslet.training import options
 from lenslet.training.clock import Plan
@@ -60,20 +60,6 @@ class Progress:
     width: int | None = None  # of fastnet
 
 
-class Found(NamedTuple):
-    """The folder to train in, locked for this process."""
-
-    folder: Path
-    checkpoint: Path | None  # to go on from; None: a new run
-    saved: dict | None  # what the checkpoint holds
-    notes: list[str]  # what the user should know, a line each
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that training is in, from 0."""
-        return self.saved["progress"]["epoch"] if self.saved else 0
-
-
 def find_run(args, accelerator: Accelerator) -> Found:
     """The unfinished run with these options, or a new folder; the main process decides.
 
@@ -81,16 +67,18 @@ def find_run(args, accelerator: Accelerator) -> Found:
     """
 
     def find() -> tuple[Path, Path | None, list[str]]:
-        if args.resume:
-            run = options.find_run(args.resume)
-            if different := options.differences(run, args):
-                raise UserError(f"--resume {run}: {different}; leave that out, or --resume")
-            return resume(run)
+        folder = args.output or files.RUNS / options.run_name(args)
+        compare = partial(options.differences, args=args)
         # Processes that torchrun has restarted always go on.
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        folder = args.output or files.RUNS / options.run_name(args)
-        compare = lambda run: options.differences(run, args)  # noqa: E731
-        return claim(folder, compare, resume=restarted or args.resume is None)
+        try:
+            with error_context("--resume" if args.resume else "--output"):
+                if args.resume:
+                    return resume(options.find_run(args.resume), compare)
+                return claim(folder, compare, restarted or args.resume is None)
+        except files.Locked as locked:
+            remedy = "wait for it, or start another run with --no-resume"
+            raise UserError(f"{locked}: {remedy}") from None
 
     folder, newest, notes = from_main_process(accelerator, find)
     return Found(folder, newest, checkpoint.load_checkpoint(newest) if newest else None, notes)
@@ -342,10 +330,11 @@ class Run:
         """Say what was reached and which command comes next; the exit status."""
         progress, args, status = self.progress, self._args, interrupts.stop
         if self._main and not interrupts.stop:
-            if not is_finished(self.folder):
-                self.board.add_hparams(stored(args), progress.best, progress.step)
+            was_finished = is_finished(self.folder)
             metrics = summary.metrics_json(progress, finished=True)
             atomic_write(self.folder / "metrics.json", metrics)
+            if not was_finished:  # after the write: a crash before it must not leave two
+                self.board.add_hparams(stored(args), progress.best, progress.step)
             print(summary.conclude(progress, self.folder, args.metric, args.overfit))
         elif self._main:
             print(summary.stopped(progress, len(self._inputs.train_loader), self.folder))

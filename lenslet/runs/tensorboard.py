@@ -77,8 +77,8 @@ class TensorBoard:
             self.writer = None
 
 
-def _ignore_full_disk(args) -> None:
+def _ignore_full_disk(failure) -> None:
     """threading.excepthook, except for TensorBoard's writing thread: its error is raised later."""
-    writing = type(args.thread).__module__.startswith("tensorboard")
-    if not (writing and issubclass(args.exc_type, OSError)):
-        threading.__excepthook__(args)
+    writing = type(failure.thread).__module__.startswith("tensorboard")
+    if not (writing and issubclass(failure.exc_type, OSError)):
+        threading.__excepthook__(failure)

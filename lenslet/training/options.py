@@ -172,11 +172,12 @@ def parse(argv: list[str] | None, description: str = "") -> dict:
 
     Errors: UserError naming the option and, if it comes from one, the file.
     """
-    parser = build_parser(description)
-    given = cli.explicit(parser, argv)
+    given = cli.explicit(parser := build_parser(description), argv)
     layers = [cli.read_config(parser, given["config"])] if given.get("config") else []
     if given.get("resume"):
-        layers.insert(0, cli.read_config(parser, find_run(given["resume"]) / "options.yaml"))
+        with error_context("--resume"):
+            run = find_run(given["resume"])
+        layers.insert(0, cli.read_config(parser, run / "options.yaml"))
     return {name: value for layer in [*layers, given] for name, value in layer.items()}
 
 
@@ -186,7 +187,7 @@ def find_run(path: str) -> Path:
     for run in (here, *here.parents):
         if (run / "options.yaml").is_file():
             return run
-    raise UserError(f"--resume {path}: not in a run folder (one with options.yaml)")
+    raise UserError(f"{path}: not in a run folder (one with options.yaml)")
 
 
 def needs_recipe(given: dict) -> bool:
@@ -241,8 +242,8 @@ def check(args, world: int) -> None:
 
     Errors: UserError naming them.
     """
-    mixes = [f"--{name}" for name in ("mixup", "cutmix") if getattr(args, name)]
-    soft = " and ".join(mixes + (["--label-smoothing"] if args.label_smoothing else []))
+    mixes = ("mixup", "cutmix", "label_smoothing")
+    soft = " and ".join(f"--{m.replace('_', '-')}" for m in mixes if getattr(args, m))
     uses_scores = args.patience or args.schedule.startswith("plateau")
     refusals = {
         f"--loss {args.loss} needs images of one class each: leave out {soft}": (

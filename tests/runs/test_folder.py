@@ -12,6 +12,7 @@ import pytest
 
 from lenslet import files
 from lenslet.errors import UserError
+from lenslet.files import Locked
 from lenslet.runs import folder as run_folder
 from lenslet.runs.checkpoint import save_checkpoint
 from lenslet.runs.folder import (
@@ -74,13 +75,13 @@ def fork(work):
 
 
 def elsewhere(work):
-    """What work() returns, or its UserError, in words, in another process that is then gone."""
+    """What work() returns, or why it is Locked, in words, in another process that is then gone."""
 
     def answer(say):
         try:
             say(work())
-        except UserError as error:
-            say(f"UserError: {error}")
+        except Locked as error:
+            say(f"Locked: {error}")
 
     pid, said = fork(answer)
     with said:
@@ -225,7 +226,7 @@ def test_the_newest_checkpoint_damaged(tmp_path):
     newest = begin(tmp_path / "a", steps=2)
     (newest / "state.json").write_text("")
     (tmp_path / "a" / "model.safetensors").touch()
-    for run, checkpoint, notes in (claim(tmp_path / "a", alike), resume(tmp_path / "a")):
+    for run, checkpoint, notes in (claim(tmp_path / "a", alike), resume(tmp_path / "a", alike)):
         assert run == tmp_path / "a" and checkpoint.name.endswith("step-1")
         assert len(notes) == 1 and str(newest) in notes[0]
 
@@ -233,16 +234,18 @@ def test_the_newest_checkpoint_damaged(tmp_path):
 def test_resumed(tmp_path):
     """A run that was asked for by name is continued, or it is said why it cannot be."""
     newest = begin(tmp_path / "a", steps=2)
-    assert resume(tmp_path / "a") == (tmp_path / "a", newest, [])
+    assert resume(tmp_path / "a", alike) == (tmp_path / "a", newest, [])
     damage(tmp_path / "a")
-    run, checkpoint, notes = resume(tmp_path / "a")
+    run, checkpoint, notes = resume(tmp_path / "a", alike)
     assert (run, checkpoint) == (tmp_path / "a", None) and len(notes) == 2
     (tmp_path / "a" / "model.safetensors").touch()
     with pytest.raises(UserError, match="no usable checkpoint") as caught:
-        resume(tmp_path / "a")
+        resume(tmp_path / "a", alike)
     assert str(newest) in str(caught.value) and "\n" not in str(caught.value)
     begin(tmp_path / "b", steps=0)
-    assert resume(tmp_path / "b") == (tmp_path / "b", None, [])
+    assert resume(tmp_path / "b", alike) == (tmp_path / "b", None, [])
+    with pytest.raises(UserError, match=r"other options \(--lr was 1, now 2\): leave out"):
+        resume(tmp_path / "b", lambda run: "--lr was 1, now 2")
 
 
 def test_what_a_crash_left_is_removed(tmp_path):
@@ -312,13 +315,13 @@ def test_one_process_trains_in_a_run(tmp_path):
     """Who wants a run that another process trains is told which one, or gets another folder."""
     newest = begin(tmp_path / "a")
     assert claim(tmp_path / "a", alike)[1] == newest
-    for work in (lambda: claim(tmp_path / "a", alike), lambda: resume(tmp_path / "a")):
+    for work in (lambda: claim(tmp_path / "a", alike), lambda: resume(tmp_path / "a", alike)):
         said = elsewhere(work)
-        assert said.startswith(f"UserError: {tmp_path / 'a'} is being trained by")
-        assert f"process {os.getpid()} on {platform.node()}" in said and "--no-resume" in said
+        holder = f"process {os.getpid()} on {platform.node()}"
+        assert said == f"Locked: {tmp_path / 'a'} is in use by {holder}"
     assert elsewhere(lambda: claim(tmp_path / "a", alike, False)[0]) == str(tmp_path / "a-2")
     # Those that were refused or have ended freed nothing, and hold nothing.
-    assert elsewhere(lambda: claim(tmp_path / "a", alike)).startswith("UserError")
+    assert elsewhere(lambda: claim(tmp_path / "a", alike)).startswith("Locked")
     assert claim(tmp_path / "a-2", alike)[0] == tmp_path / "a-2"
 
 
@@ -366,7 +369,7 @@ def test_a_killed_process_frees_its_run_at_once(tmp_path):
     with said:
         child = int(said.readline())
     try:
-        with pytest.raises(UserError, match=f"is being trained by process {holder} on"):
+        with pytest.raises(Locked, match=f"is in use by process {holder} on"):
             claim(tmp_path / "a", alike)
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
@@ -402,7 +405,7 @@ def test_decoding_processes_do_not_keep_the_lock(tmp_path, method):
     )
     child = int(holder.stdout.readline())
     try:
-        with pytest.raises(UserError, match=f"is being trained by process {holder.pid} on"):
+        with pytest.raises(Locked, match=f"is in use by process {holder.pid} on"):
             claim(tmp_path / "a", alike)
         holder.kill()
         holder.wait()
@@ -430,7 +433,7 @@ def test_the_newest_checkpoint_of_an_older_version(tmp_path):
     assert (run, checkpoint) == (tmp_path / "a-2", None)
     assert reason in note and "new run" in note
     with pytest.raises(UserError, match="3, not 4"):
-        resume(tmp_path / "a")
+        resume(tmp_path / "a", alike)
 
 
 @pytest.mark.parametrize("named", ["run", "run/", "run/model.safetensors", "other.safetensors"])

@@ -346,6 +346,20 @@ def test_resume_mistakes(command, tmp_path, monkeypatch, capsys):
         assert named in error and len(error.splitlines()) == 1
 
 
+def test_a_run_that_is_being_trained(command, monkeypatch, capsys):
+    """A run that another process trains is not touched; the line says who, and what to do."""
+    interrupted(command, monkeypatch)
+    capsys.readouterr()
+
+    def locked(folder):
+        raise files.Locked(f"{folder} is in use by process 7 on host")
+
+    monkeypatch.setattr(files, "lock", locked)
+    assert call(*command) == 2
+    error = capsys.readouterr().err
+    assert "is in use by process 7 on host: wait for it" in error and "--no-resume" in error
+
+
 def test_no_resume(command, tmp_path, monkeypatch):
     """--no-resume begins anew, but for processes that torchrun has started again."""
     interrupted(command, monkeypatch)

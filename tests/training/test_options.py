@@ -180,7 +180,7 @@ def test_find_run(tmp_path, monkeypatch):
     monkeypatch.chdir(run / "checkpoint")
     assert options.find_run(".") == options.find_run("..") == run
     for path in (tmp_path, tmp_path / "runs" / "b", files.RUNS, "/", "/proc/none"):
-        refuse(lambda path=path: options.find_run(str(path)), f"--resume {path}: not in a run")
+        refuse(lambda path=path: options.find_run(str(path)), f"{path}: not in a run")
 
 
 def test_differences(run):
