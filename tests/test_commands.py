@@ -31,11 +31,11 @@ def clone(tmp_path_factory):
     Recipes that would take long are cut to an epoch, and that of the digits to two of few steps.
     """
     root = tmp_path_factory.mktemp("clone")
-    for name in ("lenslet", "recipes", "requirements", "scripts"):
+    for name in ("lenslet", "recipes", "requirements", "results", "scripts"):
         shutil.copytree(files.ROOT / name, root / name)
-    for path in [*files.ROOT.glob("*.py"), files.ROOT / "requirements.txt"]:
-        shutil.copy(path, root)
-    shutil.copy(files.ROOT / "Makefile", root)
+    for name in ("*.py", "requirements.txt", "Makefile", "README.md"):
+        for path in files.ROOT.glob(name):
+            shutil.copy(path, root)
     for name, epochs in (("digits", 2), ("cifar10", 1), ("mnist", 1), ("tutorial", 1)):
         recipe = root / "recipes" / f"{name}.yaml"
         text = re.sub("epochs: .*", f"epochs: {epochs}", recipe.read_text())
@@ -231,7 +231,7 @@ def test_broken_test_images_are_skipped_to_the_end(clone, make_folder):
     shell("make train DATA='with space' MODEL=lenet", clone, status=2)
     words = "--skip-broken --epochs 1 --no-watch"
     said = shell(f"make train DATA='with space' MODEL=lenet ARGS='{words}'", clone)
-    assert "1 broken pictures left out" in said
+    assert "1 broken images left out" in said
     assert "6 images" in said
 
 

@@ -67,7 +67,7 @@ def end(process, way, run):
 def settings(tmp_path_factory, request):
     """(data, processes) of each setting -> the digest of an undisturbed run, and its seconds.
 
-    The pictures are a cut of CIFAR-10 where it lies unpacked, and noise elsewhere.
+    The images are a cut of CIFAR-10 where it lies unpacked, and noise elsewhere.
     """
     from conftest import _make_folder
 
