@@ -39,8 +39,6 @@ import yaml
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 
 import _root  # noqa: F401
 from lenslet import files
@@ -63,9 +61,9 @@ BATCH, STEPS = 256, 10  # of `step`
 class Images(torch.utils.data.Dataset):
     """Images in memory as torchvision's CIFAR10 gives them: one by one, by PIL and ToTensor."""
 
-    def __init__(self, split: Split):
+    def __init__(self, split: Split, transform):
         self.arrays = split.pixels(torch.arange(len(split))).permute(0, 2, 3, 1).numpy()
-        self.labels, self.transform = split.labels.tolist(), ToTensor()
+        self.labels, self.transform = split.labels.tolist(), transform
 
     def __len__(self):
         return len(self.labels)
@@ -80,10 +78,13 @@ def tutorial_loop(name: str, epochs: int) -> list[dict]:
     A folder is read by torchvision's ImageFolder, whose images are sorted by class: they are
     shuffled, which the official set does not need.
     """
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import ToTensor
+
     torch.manual_seed(0)
     if sets.is_set(name):
         splits = load(name, ["train", "test"], val=0).splits
-        train, test = Images(splits["train"]), Images(splits["test"])
+        train, test = (Images(splits[split], ToTensor()) for split in ("train", "test"))
     else:
         folder = find_folder(name)
         train, test = (ImageFolder(folder / split, ToTensor()) for split in ("train", "test"))
@@ -240,6 +241,9 @@ def generate_photos(folder: Path, count: int = 24) -> str:
 
 def photos(args) -> dict:
     """Passes over all photographs with torchvision's ImageFolder and with ours, in turn."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
+
     with tempfile.TemporaryDirectory() as temporary:
         name = args.photos or generate_photos(Path(temporary))
         with error_context(f"--photos {name}"):
