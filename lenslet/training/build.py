@@ -147,9 +147,8 @@ def choose_statistics(args, data: Data, known: dict) -> list[list[float]]:
     for key in ("mean", "std"):
         values = getattr(args, key) or statistics[key]
         if len(values) not in (1, 3, data.channels):
-            raise UserError(
-                f"--{key}: give one number per channel, of which there are {data.channels}"
-            )
+            needed = f"{data.channels} channels: give one per channel"
+            raise UserError(f"--{key}: {len(values)} numbers for {needed}")
         if len(values) > data.channels:  # a network for colour, and grey photographs
             values = [sum(values) / len(values)]
         chosen.append(values if len(values) == data.channels else values * data.channels)

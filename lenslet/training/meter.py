@@ -68,7 +68,8 @@ class Meter:
 def largest_gradient(network: nn.Module, step: int, before: tuple | None) -> tuple:
     """The parameter with the largest gradient, its norm and the step; the last that was finite."""
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-    norms = torch.stack([g.norm() for g in gradients.values()]).nan_to_num(nan=math.inf)
+    norms = torch.stack([g.norm() for g in gradients.values()])
+    norms = norms.nan_to_num(nan=math.inf, posinf=math.inf)
     largest = norms.max().item()
     if before and math.isinf(largest):
         return before
