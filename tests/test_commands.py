@@ -204,7 +204,7 @@ def test_two_processes_stop_together(clone, make_folder):
         (["--data", "cifar11"], "did you mean cifar10"),
         (
             ["--data", "digits", "--epochs", "1", "--output", clone / "file"],
-            f"{clone / 'file'} is a file",
+            f"error: --output: {clone / 'file'} is a file",
         ),
     ):
         said = together.scripts(2, clone, "train", words, status=2)
