@@ -21,7 +21,7 @@ from lenslet.training import options
 
 
 def main(argv=None) -> int:
-    """Train; the exit status: 0, 130 or 143 after a signal, 1 if --overfit was not memorized."""
+    """Train.  The exit status: 0; 130 after Ctrl-C, 143 after SIGTERM or SIGUSR1; else 1."""
     # ---- options: read once, before imports that take seconds, so that a misspelt one ends at once
     given = options.parse(argv, __doc__)
 
@@ -30,7 +30,7 @@ def main(argv=None) -> int:
     from lenslet.runs.run import Run, find_run
     from lenslet.runs.summary import image_grid
     from lenslet.training import build
-    from lenslet.training.meter import Meter, advice
+    from lenslet.training.meter import Meter, explain_errors
     from lenslet.training.optimizers import l1_penalty
     from lenslet.training.schedules import Schedule
 
@@ -41,12 +41,16 @@ def main(argv=None) -> int:
 
     # ---- data and network.  What does not fit ends here, before a run folder is made
     inputs = build.read_inputs(args, accelerator)
+    # net.model is what a step calls, net.bare the same without wrappers, net.evaluated the one that
+    # is validated and kept: its moving average (--ema), or the same again.
     net = build.create_net(args, inputs)
 
     # ---- the run: a new folder, or the unfinished one with the same options
     found = find_run(args, accelerator)
-    plan, net = build.create_plan(args, inputs, net, found.saved)  # --time chooses fastnet's width
-    penalty = l1_penalty(net.bare, args.l1)  # before distribute(), which freezes parameters
+    # How many steps; with --time, the clock decides, and fastnet may be made anew, wider.
+    plan, net = build.create_plan(args, inputs, net, found.saved)
+    penalty = l1_penalty(net.bare, args.l1)  # before layers are frozen that are released later
+    # To its device and processes, frozen as the epoch has it, compiled, with its moving average.
     net.distribute(accelerator, found.epoch, args.dropout, args.compile, args.ema)
     augment = build.create_augment(args, inputs)
     objective = build.create_objective(args, inputs)
@@ -59,12 +63,13 @@ def main(argv=None) -> int:
     watch = build.create_watch(args, inputs, net, run.board)
 
     # ---- the loop.  A signal (Ctrl-C, SIGTERM) only sets interrupts.stop, at the end of a step
-    with Interrupts(accelerator.num_processes) as interrupts, advice(*options.advice(args)):
+    with Interrupts(accelerator.num_processes) as interrupts, explain_errors(*options.advice(args)):
         for epoch in run.epochs():
-            net.train(epoch)  # frozen layers keep their batch-norm statistics, too
+            net.begin_epoch(epoch)  # --freeze-epochs: layers are released when their time has come
 
             for batch in run.batches():  # images: uint8 [B, C, H, W], this process's part
-                # The rate follows from the step, not from calls: a resumed run has the same.
+                # The rate follows from the step, the plan and the scores, all in the checkpoint;
+                # no calls are counted.  So a resumed run has the same.
                 lr = schedule.apply(net.optimizer, progress.step, run.scores)
                 targets = objective.targets(batch.labels, batch.index)  # [B, classes], weighted
                 images, targets = augment(batch.images, targets, epoch, batch.index)
@@ -78,37 +83,38 @@ def main(argv=None) -> int:
                     with net.no_sync(unless=last):  # processes exchange gradients once per step
                         logits = net.model(net.prepare(x))  # [B / parts, classes]
                         loss = objective(logits, y, x)  # summed over the images, not averaged
-                        # batch.share makes it the mean over the whole batch: every image counts
+                        # loss_factor makes it the mean over the whole batch: every image counts
                         # the same, in whichever part, process or short last batch it is.
-                        accelerator.backward(loss * batch.share + last * penalty())
-                    meter.add(loss, logits, y, counts=batch.share > 0)  # waits for nothing
+                        accelerator.backward(loss * batch.loss_factor + last * penalty())
+                    meter.add(loss, logits, y, counts=batch.loss_factor > 0)  # waits for nothing
 
                 if watch:
                     watch.gradients(progress.step + 1, progress.seconds)
                 if args.clip:
                     accelerator.clip_grad_norm_(net.model.parameters(), args.clip)
-                due = meter.end_step(net.bare, progress.step)  # before the gradients are gone
+                log_is_due = meter.end_step(net.bare, progress.step)  # before the gradients go
                 net.optimizer.step()
                 net.optimizer.zero_grad()
-                ends = run.advance(batch.size, lr)  # counts the step; --time looks at the clock
+                epoch_ends = run.advance(batch.size, lr)  # counts; --time looks at the clock
                 net.update_ema(progress.step)
 
-                # Every process asks after every step, so that all save and stop at the same one.
-                save = run.save_is_due(interrupts)
-                if due or ends or save or interrupts.stop:
-                    run.log(meter, ends)  # reads the loss back: here the CPU waits for the GPU
-                if ends or interrupts.stop:
+                # All processes agree after every step whether to save and, in interrupts.stop,
+                # whether to stop, so that they do it at the same one.
+                save = run.agree(interrupts)
+                if log_is_due or epoch_ends or save or interrupts.stop:
+                    run.log(meter, epoch_ends)  # reads the loss: here the CPU waits for the GPU
+                if epoch_ends or interrupts.stop:
                     break
                 if save:
                     run.save(net, meter)
 
             # ---- validate, keep the best weights, save
             if not interrupts.stop:
-                rows = net.evaluate(inputs.val_loader, interrupts)
+                validated = net.evaluate(inputs.val_loader, interrupts)  # a row per image
             if interrupts.stop:  # in the epoch, or while it was validated
                 run.save(net, meter, last=True)
                 break
-            run.end_epoch(net, meter, rows)
+            run.end_epoch(net, meter, validated)
             if watch:
                 watch.inside(progress.step, progress.seconds)
 

@@ -40,17 +40,17 @@ class Batch(NamedTuple):
     # What this process multiplies its summed loss by: world / size, so that every image counts the
     # same whichever process has it (DistributedDataParallel takes the mean over the processes).
     # 0.0 where its images repeat another process's, see BatchSampler.
-    share: float
+    loss_factor: float
 
 
 @dataclass
 class Split:
     """Labelled images, in memory or as files."""
 
-    images: Tensor | list[Path]  # uint8 [M, C, H, W], which splits may share, or N files
+    images: Tensor | list[Path]  # uint8 [M, C, H, W] of all splits together, or its own N files
     labels: Tensor  # int64 [N], 0..classes-1
     names: list[str]  # N file names below the data folder, or indices in the set's own order
-    rows: Tensor | None = None  # int64 [N]: which of the images in memory are its own (all)
+    rows: Tensor | None = None  # int64 [N]: which of the M in memory are its own; None: all
 
     def __post_init__(self):
         if self.in_memory and self.rows is None:
@@ -108,7 +108,8 @@ class Data:
         chosen = self.splits[split]
         # Indexing a tensor is faster than handing its rows from one process to another.
         workers = 0 if chosen.in_memory else workers
-        crop_seed = seed if AUGMENTATIONS[augment][0] else None
+        moves, _ = AUGMENTATIONS[augment]
+        crop_seed = seed if moves else None
         return DataLoader(
             ImageBatches(chosen, self, crop_seed),
             batch_size=None,  # the sampler names whole batches, and nothing is to be collated
@@ -121,12 +122,13 @@ class Data:
             generator=torch.Generator(),  # every iter() draws from it: leave the global one alone
         )
 
-    def batch(self, split: str, rows: list[int]) -> Batch:
+    def batch(self, split: str, indices: list[int]) -> Batch:
         """These images of a split, read as for evaluation, in this order.
 
         Errors: UnreadableImage.
         """
-        return ImageBatches(self.splits[split], self).read(0, rows, len(rows), 1 / len(rows))
+        count, batches = len(indices), ImageBatches(self.splits[split], self)
+        return batches.read(0, indices, count, 1 / count)
 
 
 class ImageBatches(Dataset):
@@ -148,38 +150,39 @@ class ImageBatches(Dataset):
         except UnreadableImage as error:
             return error
 
-    def read(self, epoch: int, rows: list[int], size: int, share: float) -> Batch:
-        """The images of these rows.  Errors: UnreadableImage for a file gone or damaged."""
+    def read(self, epoch: int, indices: list[int], size: int, loss_factor: float) -> Batch:
+        """These images of the split.  Errors: UnreadableImage for a file gone or damaged."""
         # Where the images are, which may be the GPU: indexing there copies nothing.
-        index = torch.tensor(rows).to(self.split.labels.device, non_blocking=True)
+        index = torch.tensor(indices).to(self.split.labels.device, non_blocking=True)
         if self.split.in_memory:
             images = self.split.pixels(index)
         else:
-            images = self._decode(epoch, rows, index)
-        return Batch(images, self.split.labels[index], index, size, share)
+            images = self._decode(epoch, indices, index)
+        return Batch(images, self.split.labels[index], index, size, loss_factor)
 
-    def _decode(self, epoch: int, rows: list[int], index: Tensor) -> Tensor:
+    def _decode(self, epoch: int, indices: list[int], index: Tensor) -> Tensor:
         """Photographs as uint8 [B, C, H, W], cropped here, where all their pixels still are."""
-        draws = [None] * len(rows)
+        draws = [None] * len(indices)
         if self.crop_seed is not None:
             draws = uniform(self.crop_seed, epoch, index, 4).tolist()
         pixels = [
             read_image(self.split.images[i], *self.reading, draw)
-            for i, draw in zip(rows, draws, strict=True)
+            for i, draw in zip(indices, draws, strict=True)
         ]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 
 class BatchSampler(Sampler):
-    """One process's part of every batch: (epoch, rows of the split, size, share), as Batch has it.
+    """One process's part of every batch: (epoch, indices, size, loss factor), see Batch.
 
     A batch holds the same images on any number of processes: process k of n has every n-th image
     from the k-th on.  Set `epoch` before iterating, and `start` to begin with a later batch than
     the first; with a seed every epoch has an order of its own.
 
-    Batch norm cannot train on one image.  So while training, a short last batch is shared by as
-    many processes as have two images each; the others repeat two of its images, which do not
-    count, because every process must take part in every step.  A last batch of one is dropped.
+    Batch norm cannot train on one image.  So while training, a short last batch is shared by only
+    as many processes as get two images each (one, where no batch has two for each).  The others
+    repeat images of it, which do not count: every process must take part in every step.  A last
+    batch of one image is dropped.
     """
 
     def __init__(self, count, batch_size, seed=None, rank=0, world=1):
@@ -187,7 +190,7 @@ class BatchSampler(Sampler):
         self.rank, self.world = rank, world
         self.epoch = self.start = 0
         self.least = max(1, min(2, batch_size // world))  # images to a process, while training
-        # One image is left out, another one in every epoch.
+        # One image is left out, a different one in every epoch.
         drop = seed is not None and count % batch_size == 1 and count > 1
         self.used = count - drop
 
@@ -201,12 +204,12 @@ class BatchSampler(Sampler):
             order = torch.randperm(self.count, generator=generator)
         for batch in order[: self.used].split(self.batch_size)[self.start :]:
             size, sharing = len(batch), self.world
-            if self.seed is not None:  # the first processes, two images each
+            if self.seed is not None:  # the first processes, `least` images each
                 sharing = max(1, min(self.world, size // self.least))
-            counts = self.rank < sharing
-            rows = batch[self.rank :: sharing] if counts else batch[: self.least]
-            if len(rows):  # evaluating, the last batch may have none for this process
-                yield self.epoch, rows.tolist(), size, counts * self.world / size
+            is_own = self.rank < sharing
+            mine = batch[self.rank :: sharing] if is_own else batch[: self.least]
+            if len(mine):  # evaluating, the last batch may have none for this process
+                yield self.epoch, mine.tolist(), size, is_own * self.world / size
 
 
 def on_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

@@ -74,7 +74,7 @@ def find_run(args, accelerator: Accelerator) -> Found:
         try:
             with error_context("--resume" if args.resume else "--output"):
                 if args.resume:
-                    return resume(options.find_run(args.resume), compare)
+                    return resume(options.named_run(args.resume), compare)
                 return claim(folder, compare, restarted or args.resume is None)
         except files.Locked as locked:
             remedy = "wait for it, or start another run with --no-resume"
@@ -111,23 +111,21 @@ class Run:
         validated = self.progress.history if inputs.val_loader else []
         self.scores = [score(record, args.metric) for record in validated]
         self.board = TensorBoard(self.folder if self._main else None, self.progress.step)
-        # The best weights so far, as a file: to be written, and written; other files to be written.
-        self._weights, self._written, self._pending = None, None, {}
-        self._checkpoint = found.checkpoint  # the newest
-        best = found.checkpoint and found.checkpoint / "model.safetensors"
-        if self._main and best and best.exists():
-            self._weights = self._written = best.read_bytes()
+        self._weights = self._written = None  # the best so far, as a file; and what is on the disk
+        self._pending = {}  # other files to write with the next checkpoint: {path: content}
+        self._checkpoint = newest = found.checkpoint
+        if self._main and newest and (newest / "model.safetensors").exists():
+            self._weights = self._written = (newest / "model.safetensors").read_bytes()
             atomic_write(self.folder / "model.safetensors", self._weights)
         self._save_every, self._saved_at = steps_or_time(args.save_every), time.perf_counter()
-        # '/10', unless the clock decides how many epochs there will be.
-        self._of_epochs = "" if args.time or args.plan else f"/{args.epochs}"
+        self._of_epochs = "" if args.time or args.plan else f"/{args.epochs}"  # else by the clock
         notes = [*inputs.data.notes, *([] if found.saved else inputs.notes), *notes]
         accelerator.print(summary.introduce(args.model, inputs.data, net.bare, accelerator, notes))
         self._began = time.perf_counter() - self.progress.seconds
 
     def epochs(self):
         """The number of each epoch, from 0, as long as there is something to do."""
-        # A signal may have come between the last step and the end of its epoch.
+        # All steps may be done, and the epoch not yet validated: a signal came in between.
         progress = self.progress
         while (progress.step < self._plan.total or progress.batch) and not progress.ended:
             yield progress.epoch
@@ -136,6 +134,7 @@ class Run:
         """The Batches of the current epoch that are left, on the device, with a progress bar."""
         loader, progress = self._inputs.train_loader, self.progress
         loader.sampler.epoch = progress.epoch
+        # No batches if all steps are done, and only the validation is left: see epochs().
         loader.sampler.start = progress.batch if progress.step < self._plan.total else len(loader)
         self._epoch_began = time.perf_counter() - progress.epoch_seconds
         bar = tqdm(
@@ -165,16 +164,18 @@ class Run:
         ends = progress.batch == len(self._inputs.train_loader)
         return ends or progress.step == self._plan.total
 
-    def save_is_due(self, interrupts: Interrupts) -> bool:
-        """Whether to save now.  All processes ask after every step, and agree on it and on
-        interrupts.stop without waiting for each other.
+    def agree(self, interrupts: Interrupts) -> bool:
+        """Whether to save now; also sets interrupts.stop if any process has had a signal.
+
+        All processes call this after every step.  None waits: each is told what all of them wanted
+        at the step before.
         """
         every = self._save_every
-        if isinstance(every, int):
+        if isinstance(every, int):  # steps, which all processes count alike; else seconds
             return interrupts.agree() or self.progress.step % every == 0
         return interrupts.agree(self._main and time.perf_counter() - self._saved_at > every)
 
-    def log(self, meter: Meter, ends: bool) -> None:
+    def log(self, meter: Meter, epoch_ends: bool) -> None:
         """Check the loss; at the end of an epoch and every --log-every steps, log its mean.
 
         Here the CPU waits for the GPU.  Errors: UserError if the loss is not finite.
@@ -182,12 +183,12 @@ class Run:
         progress, (loss, hits, finite) = self.progress, meter.read()
         if not math.isfinite(loss):
             self._give_up(loss, progress.logged + finite + 1, meter)
-        if ends or progress.step % self._args.log_every == 0:
+        if epoch_ends or progress.step % self._args.log_every == 0:
             self.board.add("scalar", "loss/train", loss / progress.images, progress.step)
             self.board.add("scalar", "lr", progress.lr, progress.step)
-            meter.reset(loss, hits, progress.images)
+            meter.add_to_epoch(loss, hits, progress.images)
             progress.images, progress.logged = 0, progress.step
-        if ends:
+        if epoch_ends:
             progress.train_seconds = time.perf_counter() - self._began
 
     def _give_up(self, loss: float, step: int, meter: Meter) -> None:
@@ -198,13 +199,15 @@ class Run:
         remedy = options.REMEDIES["exploding"]
         raise UserError(f"{diverged(loss, where, meter.gradient)}: {remedy}; {kept}")
 
-    def end_epoch(self, net: Net, meter: Meter, rows: Tensor | None) -> None:
+    def end_epoch(self, net: Net, meter: Meter, validated: Tensor | None) -> None:
         """Log an epoch, keep its weights if they are the best so far, save, and print a line.
 
-        rows: of the validation, from metrics.evaluate(); None without validation images.
+        validated: of Net.evaluate(), a row per image; None without validation images.
         """
-        progress, args, record = self.progress, self._args, self._record(net, meter, rows)
+        progress, args, record = self.progress, self._args, self._record(net, meter, validated)
         progress.history.append(record)
+        if validated is not None:
+            self.scores.append(score(record, args.metric))
         standing = self._standing(record)
         better = progress.best is None or standing > progress.best_score
         if better:
@@ -226,7 +229,7 @@ class Run:
         line = summary.epoch_line(record, self._of_epochs, left, args.metric)
         self._accelerator.print(line)
 
-    def _record(self, net: Net, meter: Meter, rows: Tensor | None) -> dict:
+    def _record(self, net: Net, meter: Meter, validated: Tensor | None) -> dict:
         """The figures of the epoch, as metrics.json has them."""
         progress, (loss, hits, images) = self.progress, meter.sums.unbind()
         record = {
@@ -239,13 +242,12 @@ class Run:
             "seconds": progress.epoch_seconds,
             "weights_sha256": digest(net.evaluated.state_dict()),
         }
-        if rows is not None:
-            result = figures(rows, len(self._inputs.data.classes))
+        if validated is not None:
+            result = figures(validated, len(self._inputs.data.classes))
             record |= {"val_loss": result["loss"], "val_accuracy": result["top1"]}
             record["val_f1"] = result["macro_f1"]
             if not math.isfinite(result["loss"]):  # the last step was one too many
                 self._give_up(result["loss"], progress.step, meter)
-            self.scores.append(score(record, self._args.metric))
         return record
 
     def _standing(self, record: dict) -> list[float]:
@@ -327,13 +329,16 @@ class Run:
         return [*changes, f"{self.folder} goes on in epoch {epoch} after {batch} batches"]
 
     def finish(self, interrupts: Interrupts) -> int:
-        """Say what was reached and which command comes next; the exit status."""
+        """Say what was reached, and the next command; returns the exit status.
+
+        That is 0, a signal's (interrupts.stop), or 1 if --overfit's images were not memorized.
+        """
         progress, args, status = self.progress, self._args, interrupts.stop
         if self._main and not interrupts.stop:
             was_finished = is_finished(self.folder)
             metrics = summary.metrics_json(progress, finished=True)
             atomic_write(self.folder / "metrics.json", metrics)
-            if not was_finished:  # after the write: a crash before it must not leave two
+            if not was_finished:  # only now: a run killed before the write comes here again
                 self.board.add_hparams(stored(args), progress.best, progress.step)
             print(summary.conclude(progress, self.folder, args.metric, args.overfit))
         elif self._main:

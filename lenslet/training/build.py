@@ -114,7 +114,7 @@ def _load_data(args, accelerator: Accelerator) -> Data:
     """The training and validation images; with --overfit, both are the same."""
     defaults = network_defaults(args.model)
     validates = options.validates(args) and not args.overfit
-    with error_context(f"--data {args.data}"):
+    with error_context(f"--data {args.data}" + (f" --limit {args.limit}" if args.limit else "")):
         data = start.main_process_first(
             accelerator,
             lambda: load(

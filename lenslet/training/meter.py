@@ -14,7 +14,7 @@ class Meter:
     """Counts on the device, without waiting for it; read() waits.
 
     recent float [3]: this process's summed loss, correct answers, and steps with a finite loss,
-    since the last read(reset=True).  sums float [3]: loss, correct answers and images of the epoch
+    since the last add_to_epoch().  sums float [3]: loss, correct answers and images of the epoch
     up to then, over all processes.
     """
 
@@ -49,8 +49,8 @@ class Meter:
         loss, hits, finite = self._accelerator.reduce(self.recent).tolist()
         return loss, hits, int(finite / self._accelerator.num_processes)
 
-    def reset(self, loss: float, hits: float, images: int) -> None:
-        """Add what was read to the sums of the epoch, and begin anew."""
+    def add_to_epoch(self, loss: float, hits: float, images: int) -> None:
+        """Add what was read to the sums of the epoch, and start counting anew."""
         self.sums += torch.tensor([loss, hits, images])
         self.recent.zero_()
 
@@ -84,7 +84,7 @@ def diverged(loss: float, where: str, gradient: tuple) -> str:
 
 
 @contextlib.contextmanager
-def advice(memory: str, nondeterministic: str, workers: str):
+def explain_errors(memory: str, nondeterministic: str, workers: str):
     """Say what to try, in these words, where memory is short or a GPU has no deterministic kernel.
 
     workers: where a process that decodes images was killed.

@@ -65,8 +65,8 @@ class Net:
         self._example = self.prepare(black.to(accelerator.device))
         fix_reduction_order(self.model, self._example, accelerator)
 
-    def train(self, epoch: int) -> None:
-        """Prepare for an epoch, counted from 0: freeze or release layers, and leave eval mode."""
+    def begin_epoch(self, epoch: int) -> None:
+        """For an epoch, counted from 0: freeze or release layers, and leave evaluation mode."""
         if self._freezer.update(epoch) and self._accelerator.num_processes > 1:
             # DistributedDataParallel only ever exchanges the gradients that there were at first.
             self.model = type(self.model)(

@@ -176,12 +176,12 @@ def parse(argv: list[str] | None, description: str = "") -> dict:
     layers = [cli.read_config(parser, given["config"])] if given.get("config") else []
     if given.get("resume"):
         with error_context("--resume"):
-            run = find_run(given["resume"])
+            run = named_run(given["resume"])
         layers.insert(0, cli.read_config(parser, run / "options.yaml"))
     return {name: value for layer in [*layers, given] for name, value in layer.items()}
 
 
-def find_run(path: str) -> Path:
+def named_run(path: str) -> Path:
     """The run folder that --resume names, itself or by something in it.  Errors: UserError."""
     here = Path(path).resolve()
     for run in (here, *here.parents):
@@ -200,8 +200,7 @@ def complete(given: dict, data: str, recipe: str | None, world=1) -> argparse.Na
 
     world: number of processes.  Errors: UserError for a name that is not known, and as check().
     """
-    # These import torch.
-    from lenslet.training.optimizers import check_optimizer
+    from lenslet.training.optimizers import check_optimizer  # these import torch
     from model import network_defaults
 
     parser = build_parser()
@@ -325,12 +324,13 @@ def run_name(args) -> str:
 
 
 def advice(args) -> tuple[str, str, str]:
-    """What meter.advice() says: when GPU memory is short, when an operation is not deterministic,
-    and when a process that decodes images was killed.
+    """What meter.explain_errors() says if GPU memory is short, if an operation is not
+    deterministic, and if a process that decodes images was killed.
     """
-    now, parts = f"--batch-size {args.batch_size} --accumulate {args.accumulate}", args.accumulate
+    now = f"--batch-size {args.batch_size} --accumulate {args.accumulate}"
+    same, less = 2 * args.accumulate, max(1, args.batch_size // 2)
     return (
-        f"with {now}; try --accumulate {2 * parts}, which gives the same result, or fewer images",
+        f"with {now}; try --accumulate {same}, which gives the same result, or --batch-size {less}",
         "leave out --deterministic",
         "If memory was short, try fewer --workers; the same command goes on",
     )

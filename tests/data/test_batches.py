@@ -207,7 +207,7 @@ def test_batch_of_rows(tmp_path, make_folder):
     """Named rows of a split are read as for evaluation, in that order; a file gone is named."""
     batch = memory(9).batch("train", [7, 2, 2])
     assert batch.images.flatten().tolist() == batch.index.tolist() == [7, 2, 2]
-    assert (batch.labels.tolist(), batch.size, batch.share) == ([1, 0, 0], 3, 1 / 3)
+    assert (batch.labels.tolist(), batch.size, batch.loss_factor) == ([1, 0, 0], 3, 1 / 3)
     root = make_folder(tmp_path / "p", {"train": 4}, size=(70, 80))
     data = load(str(root), ["train"], val=0, photo_size=16, crop=0.5)
     (whole,) = batches(data.loader("train", 8))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lenslet.errors import OutsideError, UserError
-from lenslet.training.meter import Meter, advice, diverged, largest_gradient
+from lenslet.training.meter import Meter, diverged, explain_errors, largest_gradient
 
 LOGITS = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
 TARGETS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.2, 0.8]])  # two of three are right
@@ -130,7 +130,7 @@ def test_diverged():
 )
 def test_advice(error, kind, said):
     """Each of the three becomes one line with the caller's words; the cause is kept."""
-    with pytest.raises(UserError) as caught, advice("SMALLER", "LEAVE OUT", "FEWER"):
+    with pytest.raises(UserError) as caught, explain_errors("SMALLER", "LEAVE OUT", "FEWER"):
         raise error
     assert (type(caught.value), str(caught.value)) == (kind, said)
     assert caught.value.__cause__ is error
@@ -139,6 +139,6 @@ def test_advice(error, kind, said):
 @pytest.mark.parametrize("error", [RuntimeError("of our own"), ValueError(), KeyboardInterrupt()])
 def test_no_advice(error):
     """Anything else stays what it is."""
-    with pytest.raises(type(error)) as caught, advice("SMALLER", "LEAVE OUT", "FEWER"):
+    with pytest.raises(type(error)) as caught, explain_errors("SMALLER", "LEAVE OUT", "FEWER"):
         raise error
     assert caught.value is error

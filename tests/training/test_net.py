@@ -193,13 +193,13 @@ def test_distribute():
     assert trained.bare.conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert free(trained.bare) == {"fc.weight", "fc.bias"}
     assert trained.evaluated is trained.bare
-    trained.train(0)
+    trained.begin_epoch(0)
     assert not trained.bare.bn.training and trained.bare.fc.training
     images = torch.rand(2, 3, 8, 8)  # dropout draws anew each time, but not for an evaluation
     assert not torch.equal(trained.model(images), trained.model(images))
     trained.bare.eval()
     assert torch.equal(trained.model(images), trained.model(images))
-    trained.train(1)
+    trained.begin_epoch(1)
     assert len(free(trained.bare)) == 6 and trained.bare.bn.training
 
 

@@ -176,11 +176,11 @@ def test_find_run(tmp_path, monkeypatch):
         path.touch()
     point_latest(run)
     for path in (run, f"{run}/", newest, newest / "state.json", files.RUNS / "latest"):
-        assert options.find_run(str(path)) == run
+        assert options.named_run(str(path)) == run
     monkeypatch.chdir(run / "checkpoint")
-    assert options.find_run(".") == options.find_run("..") == run
+    assert options.named_run(".") == options.named_run("..") == run
     for path in (tmp_path, tmp_path / "runs" / "b", files.RUNS, "/", "/proc/none"):
-        refuse(lambda path=path: options.find_run(str(path)), f"{path}: not in a run")
+        refuse(lambda path=path: options.named_run(str(path)), f"{path}: not in a run")
 
 
 def test_differences(run):
