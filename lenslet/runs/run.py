@@ -26,7 +26,6 @@ from lenslet.distributed.determinism import environment, environment_changes
 from lenslet.distributed.interrupts import Interrupts
 from lenslet.distributed.start import device_time, from_main_process
 from lenslet.errors import UserError, error_context
-from lenslet.files import atomic_write
 from lenslet.metrics import figures, score
 from lenslet.runs import checkpoint, summary
 from lenslet.runs.folder import Found, claim, is_finished, point_latest, resume
@@ -100,7 +99,7 @@ class Run:
         self._main = accelerator.is_main_process
         self.folder, notes = found.folder, list(found.notes)
         if self._main:  # first of all: with it, the folder is a run
-            atomic_write(self.folder / "options.yaml", as_yaml(stored(args)))
+            files.atomic_write(self.folder / "options.yaml", as_yaml(stored(args)))
         self.progress = Progress(seconds=plan.spent, marks=plan.marks)
         self.progress.width = net.bare.arguments.get("width")
         if found.saved:
@@ -116,7 +115,7 @@ class Run:
         self._checkpoint = newest = found.checkpoint
         if self._main and newest and (newest / "model.safetensors").exists():
             self._weights = self._written = (newest / "model.safetensors").read_bytes()
-            atomic_write(self.folder / "model.safetensors", self._weights)
+            files.atomic_write(self.folder / "model.safetensors", self._weights)
         self._save_every, self._saved_at = steps_or_time(args.save_every), time.perf_counter()
         self._of_epochs = "" if args.time or args.plan else f"/{args.epochs}"  # else by the clock
         notes = [*inputs.data.notes, *([] if found.saved else inputs.notes), *notes]
@@ -294,13 +293,13 @@ class Run:
         try:
             for path in list(self._pending):
                 path.parent.mkdir(exist_ok=True)
-                atomic_write(path, self._pending[path])
+                files.atomic_write(path, self._pending[path])
                 del self._pending[path]
             self._checkpoint = checkpoint.save_checkpoint(
                 self.folder / "checkpoint", step, content, self._weights, self._checkpoint
             )
             if self._weights is not self._written:
-                atomic_write(self.folder / "model.safetensors", self._weights)
+                files.atomic_write(self.folder / "model.safetensors", self._weights)
                 self._written = self._weights
         except OSError as error:
             if last:
@@ -337,7 +336,7 @@ class Run:
         if self._main and not interrupts.stop:
             was_finished = is_finished(self.folder)
             metrics = summary.metrics_json(progress, finished=True)
-            atomic_write(self.folder / "metrics.json", metrics)
+            files.atomic_write(self.folder / "metrics.json", metrics)
             if not was_finished:  # only now: a run killed before the write comes here again
                 self.board.add_hparams(stored(args), progress.best, progress.step)
             print(summary.conclude(progress, self.folder, args.metric, args.overfit))

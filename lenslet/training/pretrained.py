@@ -48,9 +48,7 @@ def read_weights(source: str, model: str) -> tuple[State, dict]:
     else:
         tensors, header = _read_file(Path(source).expanduser())
     if header and header["model"].partition(".")[0] != model.partition(".")[0]:
-        raise UserError(
-            f"these weights are for {header['model']}, not for {model}: train that network, or use others"
-        )
+        raise UserError(f"these weights are for {header['model']}, not for {model}: train that one")
     return tensors, header
 
 

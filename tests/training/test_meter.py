@@ -48,9 +48,9 @@ def test_sums(world):
         counted.add(torch.tensor(1.5), LOGITS, TARGETS, counts=False)
         counted.end_step(network(a=1.0), step)
     assert counted.read() == counted.read() == (1.5 * world, 6 * world, 3)
-    counted.reset(1.5, 6, 9)
+    counted.add_to_epoch(1.5, 6, 9)
     assert counted.read() == (0, 0, 0)
-    counted.reset(0.5, 1, 3)
+    counted.add_to_epoch(0.5, 1, 3)
     assert counted.sums.tolist() == [2, 7, 12]
 
 
@@ -80,7 +80,7 @@ def test_state(before, after):
     counted = meter(world=before)
     counted.add(torch.tensor(1.5), LOGITS, TARGETS, counts=True)
     counted.end_step(network(a=1.0), 0)
-    counted.reset(0.5, 1, 3)
+    counted.add_to_epoch(0.5, 1, 3)
     counted.add(torch.tensor(2.5), LOGITS, TARGETS, counts=True)
     state = counted.state()
     total = torch.zeros(3)
