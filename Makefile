@@ -58,8 +58,8 @@ help:
 	@echo 'make train DATA=digits         the same on bundled handwritten digits, in under a minute'
 	@echo 'make train DATA=my/pictures    the same on a folder: train/<class>/*.jpg, or <class>/*.jpg'
 	@echo 'make data DATA=mnist           only fetch: cifar10 cifar100 mnist fashion-mnist digits   [ARGS=]'
-	@echo 'make test                      measure the newest model on the test pictures   [RUN= DATA= ARGS=]'
-	@echo 'make predict IMAGE=img.png     name what is in a picture, a folder or '\''*.png'\''   [RUN= ARGS=]'
+	@echo 'make test                      measure the newest model on the test images   [RUN= DATA= ARGS=]'
+	@echo 'make predict IMAGE=img.png     name what is in an image, a folder or '\''*.png'\''   [RUN= ARGS=]'
 	@echo 'make tensorboard               look at the curves of all runs'
 	@echo 'make reproduce RUN=runs/name   train the newest (or that) run again, and compare the bits   [ARGS=]'
 	@echo 'make folds K=5 DATA=digits     train once for each of 5 folds: mean and deviation   [DATA= MODEL= RECIPE= ARGS=]'
@@ -91,7 +91,7 @@ test: setup
 	$(LAUNCH) scripts/test.py $(call option,--weights,RUN) $(FROM) $(ARGS)
 
 predict: setup
-	@$(BIN)/python scripts/predict.py $(call option,--weights,RUN) $(ARGS) $(if $(value IMAGE),$(call quote,IMAGE),$(error give IMAGE=img.png))
+	@$(BIN)/python scripts/predict.py $(call option,--weights,RUN) $(ARGS) $(if $(value IMAGE),$(call quote,IMAGE),$(error IMAGE is missing: make predict IMAGE=img.png))
 
 tensorboard: setup
 	@$(BIN)/python -c '$(TENSORBOARD)' --load_fast=false --logdir $(if $(value RUN),$(call quote,RUN),runs) $(ARGS)

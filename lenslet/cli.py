@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     origin = ""  # the file that the words being parsed come from
 
     def error(self, message):
-        raise UserError(f"{self.origin}{message} (see --help)")
+        raise UserError(f"{self.origin}{message}")
 
     def parse_args(self, argv=None, namespace=None):
         values, unknown = self.parse_known_args(argv, namespace)
@@ -165,7 +165,7 @@ def number(kind, least, most=float("inf"), above=False):
         if not in_bounds or value == float("inf"):
             bounds = f"{'above' if above else 'at least'} {least}"
             bounds += f" and at most {most}" if most != float("inf") else ""
-            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
         return value
 
     return convert

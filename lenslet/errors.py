@@ -73,5 +73,5 @@ def nearest(word: str, known) -> str:
     """' (did you mean x?)' for a misspelt word, or '' where nothing is near."""
     known = list(known)
     begun = [other for other in known if other.startswith(word)]
-    close = begun if len(begun) == 1 else difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = begun if len(begun) == 1 else difflib.get_close_matches(word, known, n=1, cutoff=0.55)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -56,7 +56,7 @@ def fit_stem(
     network.stem_note = ""
     if changes:
         strides = ", ".join(f"{layer} {old} to {new}" for layer, (old, new) in changes.items())
-        network.stem_note = f"Strides changed for pictures of {height}×{width}: {strides}."
+        network.stem_note = f"strides changed for images of {height}×{width}: {strides}"
 
 
 def _strided_layers(meta: nn.Module, channels: int, native: int) -> dict[str, tuple[int, int]]:

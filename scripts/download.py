@@ -5,7 +5,7 @@
     python scripts/download.py mnist --export pictures/mnist
 
 Sets: cifar10, cifar100, mnist, fashion-mnist, digits.  What an interrupted download has brought
-is kept, and the next call goes on from there.
+is kept, and the next call resumes from there.
 """
 
 import os
@@ -50,7 +50,7 @@ def main(argv=None):
         train, test = (len(data.splits[split]) for split in ("train", "test"))
         shape = "×".join(map(str, (data.channels, *data.image_size)))
         print(
-            f"{name} is in {target or folder}: {train} training and {test} test pictures of "
+            f"{name} is in {target or folder}: {train} training and {test} test images of "
             f"{shape}, {len(data.classes)} classes; "
             f"next: make train DATA={shlex.quote(str(target or name))}"
         )

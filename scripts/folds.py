@@ -4,7 +4,7 @@
     python scripts/folds.py --folds 5 --data my/pictures --epochs 20
 
 Every other option is train.py's.  Each training validates on the fold that it has not seen.  Those
-that are finished are not repeated: the same command goes on after an interruption.
+that are finished are not repeated: run the same command again after an interruption.
 """
 
 import json
@@ -60,7 +60,7 @@ def main(argv=None) -> int:
             if status in (2, 130, 143):  # it has said why
                 return status
             if status:
-                rest = "once mended, the same command goes on"
+                rest = "once that is fixed, run the same command again"
                 raise OutsideError(f"fold {k} ended with status {status}; {rest}")
         metrics = (newest_finished(output, compare) / "metrics.json").read_text()
         summaries.append(json.loads(metrics)["summary"])

@@ -27,9 +27,9 @@ def main(argv=None) -> int:
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="files, folders or patterns")
     add_weights_option(parser)
-    help = "likeliest classes (default: 1)"
+    help = "show the K most likely classes"
     add("--top", type=number(int, 1), default=1, metavar="K", help=help)
-    add("--format", choices=["text", "csv", "json"], default="text")
+    add("--format", choices=["text", "csv", "json"], default="text", help="of the answers")
     args = parse(parser, argv)
 
     # These take a second or two to import, which --help and a misspelt option need not wait for;

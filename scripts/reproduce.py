@@ -69,7 +69,7 @@ def main(argv=None) -> int:
     if status in (2, 130, 143):  # it has said why
         return status
     if status and not header["options"].get("overfit"):  # where 1 is a verdict
-        raise OutsideError(f"training again ended with status {status}; the same command goes on")
+        raise OutsideError(f"training again ended with status {status}; run the same command again")
     again = newest_finished(args.output)
     records = json.loads((again / "metrics.json").read_text())["epochs"]
 

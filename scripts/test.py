@@ -87,7 +87,8 @@ def main(argv=None):
         if args.tta:
             print(summary(result["tta"], "averaged over shifted and mirrored copies (--tta):"))
         print(f"report: {output / 'report'}")
-        print(f"next: {cli.command('predict.py', samples[-1])}")
+        named = ["--weights", weights] if args.weights else []
+        print(f"next: {cli.command('predict.py', *named, samples[-1])}")
     accelerator.wait_for_everyone()  # without it gloo now and then aborts while shutting down
     accelerator.end_training()
 

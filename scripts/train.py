@@ -9,8 +9,8 @@
     accelerate launch scripts/train.py              the same on what Accelerate is configured for
 
 A data set's recipe (recipes/*.yaml) supplies the defaults; an option given replaces only itself,
-but --model or --config replaces the recipe.  The same command goes on with a run that was
-interrupted, and ends with the same weights, bit for bit.
+but --model or --config replaces the recipe.  Run the same command again to resume an interrupted
+run: it ends with the same weights, bit for bit.
 """
 
 import sys

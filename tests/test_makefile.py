@@ -118,7 +118,7 @@ def test_without_variables(root):
     """What is not given is left to the commands; predict needs a picture."""
     assert make(root, "test").splitlines()[1:] == ["scripts/test.py"]
     assert make(root, "data").splitlines()[1:] == ["scripts/download.py", "cifar10"]
-    assert "give IMAGE=img.png" in make(root, "predict", status=2)
+    assert "make predict IMAGE=img.png" in make(root, "predict", status=2)
 
 
 def test_args_are_words(root):

@@ -45,7 +45,7 @@ def test_resnet18_small():
     network = create_model("resnet18", 10).eval()
     assert network.forward_features(torch.rand(1, 3, 32, 32)).shape == (1, 512, 4, 4)
     assert network.stem_note == (
-        "Strides changed for pictures of 32×32: conv1 2 to 1, maxpool 2 to 1."
+        "strides changed for images of 32×32: conv1 2 to 1, maxpool 2 to 1"
     )
 
 

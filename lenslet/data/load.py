@@ -149,9 +149,10 @@ def _broken_notes(inspection: Inspection, skip_broken: bool) -> list[str]:
     if broken and not skip_broken:
         raise UserError(
             f"{len(broken)} of {len(inspection.images) + len(broken)} images cannot be read; "
-            "mend or remove them, or leave them out with skip-broken:\n" + "\n".join(broken)
+            "fix or delete them, or leave them out with the option skip-broken:\n"
+            + "\n".join(broken)
         )
-    return [f"{len(broken)} broken images left out"] if broken else []
+    return [f"left out {len(broken)} images that cannot be read"] if broken else []
 
 
 def _readable(rows: Rows, wanted: list[str], inspection: Inspection, classes: list[str]) -> Rows:

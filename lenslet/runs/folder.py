@@ -50,13 +50,17 @@ def claim(folder: str | Path, compare, resume: bool = True) -> tuple[Path, Path 
         if not (run / "options.yaml").is_file() or is_finished(run):
             continue
         if different := compare(run):
-            notes = notes or [f"{run} is unfinished but has other options ({different}): new run"]
+            notes = notes or [
+                f"{run} is unfinished but used other options ({different}): starting a new run"
+            ]
             continue
         run, checkpoint, damaged = lock_unfinished(run)
         if checkpoint or not (run / "model.safetensors").exists():
             return run, checkpoint, damaged
         LOCKS.pop().close()
-        notes.append("; ".join([*damaged, f"{run} has weights but no usable checkpoint: new run"]))
+        notes.append(
+            "; ".join([*damaged, f"{run} has weights but no usable checkpoint: starting a new run"])
+        )
     for number in itertools.count(1):
         run = _run(folder, number)
         try:
@@ -89,7 +93,7 @@ def lock_unfinished(run: Path) -> tuple[Path, Path | None, list[str]]:
 def resume(run: Path, compare) -> tuple[Path, Path | None, list[str]]:
     """lock_unfinished() for a run that was named.  Errors: UserError if it cannot be resumed."""
     if different := compare(run):
-        raise UserError(f"{run} has other options ({different}): leave out those that differ")
+        raise UserError(f"{run} used other options ({different}): leave those out")
     run, checkpoint, damaged = lock_unfinished(run)
     if not checkpoint and (run / "model.safetensors").exists():
         raise UserError("; ".join([*damaged, f"{run} has no usable checkpoint to resume from"]))

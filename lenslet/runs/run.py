@@ -1,4 +1,4 @@
-"""A training run: how far it is, what it saves, and how it goes on after a crash.
+"""A training run: how far it is, what it saves, and how it resumes after a crash.
 
 A checkpoint holds everything that the next step depends on: Progress, the meter's sums, the weights
 and the optimizer, and on several processes each one's batch-norm statistics.  Everything random
@@ -68,7 +68,7 @@ def find_run(args, accelerator: Accelerator) -> Found:
     def find() -> tuple[Path, Path | None, list[str]]:
         folder = args.output or files.RUNS / options.run_name(args)
         compare = partial(options.differences, args=args)
-        # Processes that torchrun has restarted always go on.
+        # Processes that torchrun has restarted always resume.
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         try:
             with error_context("--resume" if args.resume else "--output"):
@@ -194,7 +194,7 @@ class Run:
         """End a run whose loss is not finite since step `step`."""
         where = f"epoch {self.progress.epoch + 1} at step {step}, lr {self.progress.lr:.2g}"
         good = self.folder / "model.safetensors"
-        kept = f"the last good weights are in {good}" if self._written else "no weights are saved"
+        kept = f"the last good weights are in {good}" if self._written else "no weights were saved"
         remedy = options.REMEDIES["exploding"]
         raise UserError(f"{diverged(loss, where, meter.gradient)}: {remedy}; {kept}")
 
@@ -273,8 +273,8 @@ class Run:
     def save(self, net: Net, meter: Meter, last: bool = False) -> None:
         """Write what is pending, a checkpoint and, if new, the best weights, in this order.
 
-        If that fails, training goes on with a line on the console and the checkpoint before, unless
-        this was the last chance: then OSError.  Every process calls this.
+        If that fails, training continues with a line on the console and the checkpoint before,
+        unless this was the last chance: then OSError.  Every process calls this.
         """
         self.progress.seconds = time.perf_counter() - self._began
         content = {
@@ -304,7 +304,7 @@ class Run:
         except OSError as error:
             if last:
                 raise
-            print(f"step {step} could not be saved ({error.strerror}); training goes on")
+            print(f"step {step} could not be saved ({error.strerror}); training continues")
 
     def _restore(self, saved: dict, net: Net, meter: Meter) -> list[str]:
         """Put a checkpoint into net and meter; what the user should know of it.
@@ -325,7 +325,7 @@ class Run:
             raise UserError(f"{self.folder} {error}; start anew with --no-resume") from error
         meter.load_state(saved["meter"])
         epoch, batch = self.progress.epoch + 1, self.progress.batch
-        return [*changes, f"{self.folder} goes on in epoch {epoch} after {batch} batches"]
+        return [*changes, f"resuming {self.folder} in epoch {epoch} after {batch} batches"]
 
     def finish(self, interrupts: Interrupts) -> int:
         """Say what was reached, and the next command; returns the exit status.

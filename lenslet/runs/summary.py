@@ -64,7 +64,7 @@ def metrics_json(progress, finished: bool) -> bytes:
 def stopped(progress, batches: int, folder: Path) -> str:
     """Where a signal stopped the run; batches: of an epoch."""
     where = f"stopped in epoch {progress.epoch + 1} after {progress.batch} of {batches} batches"
-    return f"{where}, and saved: the same command goes on, or --resume {folder}"
+    return f"{where}, and saved: run the same command to resume, or --resume {folder}"
 
 
 def conclude(progress, folder: Path, metric: str | None, overfit: int | None) -> str:

@@ -48,9 +48,9 @@ def build_parser(description: str = "") -> cli.Parser:
     add("--overfit", metavar="N", type=number(int, 2), help=help)
     help = "side of the images that the network is fed (default: that of small images, or its own)"
     add("--image-size", metavar="PIXELS", type=count, help=help)
-    help = "of each channel, 0..1 scale (default: that of small images, or the network's)"
+    help = "mean of each channel, 0..1 scale (default: that of small images, or the network's)"
     add("--mean", metavar="X", type=share, nargs="+", help=help)
-    add("--std", metavar="X", type=number(float, 0, 1, above=True), nargs="+", help="likewise")
+    add("--std", metavar="X", type=number(float, 0, 1, above=True), nargs="+", help="deviation")
 
     add = parser.add_argument_group("augmentation").add_argument
     help = (
@@ -60,9 +60,9 @@ def build_parser(description: str = "") -> cli.Parser:
     add("--augment", choices=AUGMENTATIONS, default="none", help=help)
     help = "share of the images that lose a rectangle (random erasing)"
     add("--erase", metavar="SHARE", type=share, default=0.0, help=help)
-    help = "mix images in pairs, the more evenly the larger ALPHA is (0.2)"
+    help = "mix images in pairs; a larger ALPHA mixes more evenly (try 0.2)"
     add("--mixup", metavar="ALPHA", type=cli.alpha, default=0.0, help=help)
-    help = "replace a rectangle by another image's (1)"
+    help = "replace a rectangle by another image's (try 1)"
     add("--cutmix", metavar="ALPHA", type=cli.alpha, default=0.0, help=help)
 
     add = parser.add_argument_group("network").add_argument
@@ -90,22 +90,22 @@ def build_parser(description: str = "") -> cli.Parser:
     help = f"{', '.join(OPTIMIZERS)}, or any of timm's; adamw suits most networks"
     add("--optimizer", metavar="NAME", default="adamw", help=help)
     add("--lr", metavar="X", type=positive, default=0.001, help="learning rate")
-    add("--momentum", metavar="X", type=share, default=0.9, help="of sgd, muon and the like")
+    add("--momentum", metavar="X", type=share, default=0.9, help="momentum of sgd, muon etc.")
     add("--nesterov", action=flag, default=False, help="Nesterov momentum for sgd")
-    help = "of all parameters but biases and norms"
+    help = "weight decay, of all parameters but biases and norms"
     add("--weight-decay", metavar="X", type=number(float, 0), default=0.01, help=help)
     help = "L1 penalty: this times the sum of absolute weights, of all but biases and norms"
     add("--l1", metavar="X", type=number(float, 0), default=0.0, help=help)
     help = (
-        "of the learning rate: constant, cosine, linear, step:30:0.1, multistep:30,60:0.1, "
+        "learning rate: constant, cosine, linear, step:30:0.1, multistep:30,60:0.1, "
         "restarts:5:2, onecycle (moves the momentum too), plateau:0.1:3; 30, 60, 5 and 3 are epochs"
     )
     add("--schedule", metavar="NAME", type=as_written(parse_schedule), default="cosine", help=help)
     help = "optimizer steps (500), or share of them all (20%%), of linear rise to the learning rate"
     add("--warmup", metavar="N", type=as_written(cli.steps_or_percent), default="0", help=help)
-    help = "clip the norm of all gradients together to this"
+    help = "clip the norm of all gradients together to this value"
     add("--clip", metavar="NORM", type=positive, help=help)
-    help = "of the initial weights, the order of the images, and the augmentation"
+    help = "seed of the initial weights, the order of the images, and the augmentation"
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help=help)
 
     add = parser.add_argument_group("loss").add_argument
@@ -113,15 +113,15 @@ def build_parser(description: str = "") -> cli.Parser:
     add("--loss", metavar="NAME", type=as_written(loss), default="cross-entropy", help=help)
     help = "share of the true class's weight that is spread over all classes"
     add("--label-smoothing", metavar="SHARE", type=number(float, 0, 0.99), default=0.0, help=help)
-    help = "of the classes in the loss: balanced, for classes of unequal size, or W1,W2,…"
+    help = "weights of the classes in the loss: balanced, for unequal sizes, or W1,W2,…"
     add("--class-weights", metavar="WEIGHTS", type=as_written(cli.class_weights), help=help)
-    help = "of single images in the loss: a CSV file with the columns file and weight"
+    help = "weights of single images in the loss: a CSV file with columns file and weight"
     add("--image-weights", metavar="FILE", help=help)
     help = "distillation: learn from the answers of these weights too"
     add("--teacher", metavar="WEIGHTS", help=help)
-    help = "share of the teacher in the loss (0.5)"
+    help = "share of the teacher in the loss (default with --teacher: 0.5)"
     add("--teacher-share", metavar="SHARE", type=share, help=help)
-    help = "softens the answers of both (4)"
+    help = "softens the answers of both (default with --teacher: 4)"
     add("--temperature", metavar="T", type=positive, help=help)
 
     add = parser.add_argument_group("what is kept").add_argument
@@ -146,7 +146,7 @@ def build_parser(description: str = "") -> cli.Parser:
     add("--output", metavar="DIR", help="run folder (default: runs/<data>-<model>)")
     help = "steps (500) or time (90s, 5m, 2h) between checkpoints; each epoch ends with one too"
     add("--save-every", metavar="N", type=as_written(cli.steps_or_time), default="5m", help=help)
-    help = "go on with this run and its options (default: the unfinished run with the same options)"
+    help = "resume this run, with its options (default: the unfinished run with the same options)"
     add("--resume", metavar="RUN", help=help)
     help = "start a new run"
     add("--no-resume", dest="resume", action="store_const", const=False, help=help)
@@ -227,7 +227,7 @@ def turn_off_regularization(args) -> None:
     """What --overfit trains without; image weights and the network stay."""
     for other in ("fold", "limit", "time", "plan", "teacher", "freeze_epochs"):
         if getattr(args, other):
-            raise UserError(f"--overfit does not go with --{other.replace('_', '-')}")
+            raise UserError(f"--overfit cannot be used with --{other.replace('_', '-')}")
     for name in ("erase", "mixup", "cutmix", "dropout", "weight_decay", "l1", "label_smoothing"):
         setattr(args, name, 0.0)
     args.augment, args.schedule, args.warmup, args.ema = "none", "constant", "0", None
@@ -245,7 +245,7 @@ def check(args, world: int) -> None:
     soft = " and ".join(f"--{m.replace('_', '-')}" for m in mixes if getattr(args, m))
     uses_scores = args.patience or args.schedule.startswith("plateau")
     refusals = {
-        f"--loss {args.loss} needs images of one class each: leave out {soft}": (
+        f"--loss {args.loss} cannot be used with {soft}, which mixes classes": (
             args.loss.startswith("focal") and soft
         ),
         "--nesterov needs --optimizer sgd and a --momentum": (
@@ -254,7 +254,7 @@ def check(args, world: int) -> None:
         f"--width is an option of fastnet, not of {args.model}": (
             args.width and args.model != "fastnet"
         ),
-        "--freeze-epochs needs --pretrained: random weights are nothing to keep": (
+        "--freeze-epochs needs --pretrained: there is no point in freezing random weights": (
             args.freeze_epochs and not args.pretrained
         ),
         "--teacher-share and --temperature need a --teacher": (
@@ -332,7 +332,7 @@ def advice(args) -> tuple[str, str, str]:
     return (
         f"with {now}; try --accumulate {same}, which gives the same result, or --batch-size {less}",
         "leave out --deterministic",
-        "If memory was short, try fewer --workers; the same command goes on",
+        "If memory was short, try fewer --workers; run the same command to resume",
     )
 
 

@@ -139,7 +139,7 @@ def test_broken_images(tmp_path, make_folder):
     assert {s: len(part) for s, part in data.splits.items()} == {"train": 18, "val": 3}
     assert len(data.splits["train"].rows) == 18
     assert "train/ants/3.png" not in data.splits["train"].names
-    assert any("3 broken" in note for note in data.notes)
+    assert any("left out 3 images" in note for note in data.notes)
 
 
 def test_class_all_broken(tmp_path, make_folder):

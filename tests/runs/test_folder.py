@@ -244,7 +244,7 @@ def test_resumed(tmp_path):
     assert str(newest) in str(caught.value) and "\n" not in str(caught.value)
     begin(tmp_path / "b", steps=0)
     assert resume(tmp_path / "b", alike) == (tmp_path / "b", None, [])
-    with pytest.raises(UserError, match=r"other options \(--lr was 1, now 2\): leave out"):
+    with pytest.raises(UserError, match=r"other options \(--lr was 1, now 2\): leave"):
         resume(tmp_path / "b", lambda run: "--lr was 1, now 2")
 
 

@@ -164,10 +164,10 @@ def test_signals(
         at_call(patch, number, owner, function, kill)
         assert call(*command) == status
     said = capsys.readouterr().out
-    assert "the same command goes on" in said.splitlines()[-1]
+    assert "run the same command to resume" in said.splitlines()[-1]
     assert signal.getsignal(number_of_signal) is before
     assert call(*command) == 0
-    assert "goes on in epoch" in capsys.readouterr().out
+    assert "resuming" in capsys.readouterr().out
     assert outcome(tmp_path / "run") == undisturbed
 
 
@@ -228,7 +228,7 @@ def test_full_disk(command, undisturbed, tmp_path, monkeypatch, capsys):
         at_call(patch, 2, checkpoint, "save_checkpoint", full)
         assert call(*command) == 0
     said = capsys.readouterr()
-    line = "step 8 could not be saved (No space left on device); training goes on"
+    line = "step 8 could not be saved (No space left on device); training continues"
     assert said.out.splitlines().count(line) == 1 and not said.err
     assert outcome(tmp_path / "run") == undisturbed
 
@@ -307,7 +307,7 @@ def test_other_options(command, tmp_path, monkeypatch, capsys):
     assert "--lr was 0.001, now 0.002" in said and "--epochs was 3, now 1" in said
     assert (tmp_path / "run-2" / "model.safetensors").exists()
     assert call(*command) == 0  # and the first command still goes on
-    assert "goes on in epoch" in capsys.readouterr().out
+    assert "resuming" in capsys.readouterr().out
     assert not (tmp_path / "run-3").exists()
 
 
@@ -316,7 +316,7 @@ def test_options_without_a_say(command, undisturbed, tmp_path, monkeypatch, caps
     interrupted(command, monkeypatch)
     words = ["--workers", "1", "--save-every", "3", "--log-every", "2"]
     assert call(*command, *words) == 0
-    assert "goes on in epoch" in capsys.readouterr().out
+    assert "resuming" in capsys.readouterr().out
     assert outcome(tmp_path / "run")[:2] == undisturbed[:2]
 
 
