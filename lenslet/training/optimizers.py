@@ -1,5 +1,7 @@
 """Optimizers by name, and the L1 penalty."""
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -72,7 +74,9 @@ def create_optimizer(
     from timm.optim import create_optimizer_v2
 
     try:
-        optimizer = create_optimizer_v2(groups, kind, lr, weight_decay, momentum)
+        with warnings.catch_warnings():  # of packages that would make one faster
+            warnings.simplefilter("ignore")
+            optimizer = create_optimizer_v2(groups, kind, lr, weight_decay, momentum)
     except (ImportError, AssertionError, RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split()) or "it needs a package that is not installed"
         raise UserError(f"cannot be used here: {reason}") from error
