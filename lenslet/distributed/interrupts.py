@@ -4,7 +4,6 @@ With several processes a decision is taken by all of them at the same step, and 
 dies the others say which, instead of waiting for it.
 """
 
-import atexit
 import multiprocessing
 import os
 import platform
@@ -84,9 +83,8 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register
-def _end_workers() -> None:
-    """Python would ask those that are left to end, by a signal, and wait for them for ever."""
+def end_workers() -> None:
+    """For the exit: Python would ask workers to end, by a signal that they ignore, and wait."""
     for worker in multiprocessing.active_children():
         worker.kill()
 

@@ -3,6 +3,7 @@
 Accelerate decides nearly all of it; this corrects what launchers and CPUs get wrong.
 """
 
+import atexit
 import ctypes
 import os
 import sys
@@ -16,7 +17,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from joblib import cpu_count
 from torch import distributed
 
-from lenslet.distributed.interrupts import name_lost_processes
+from lenslet.distributed.interrupts import end_workers, name_lost_processes
 from lenslet.errors import UserError
 
 
@@ -41,6 +42,7 @@ def start_processes(threads: int | None = None) -> PartialState:
     if world > 1:
         name_lost_processes(state.process_index)
     keep_freed_memory()
+    atexit.register(end_workers)
     launched = any(k in os.environ for k in ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"))
     given = os.environ.get("OMP_NUM_THREADS")
     if threads or given is None or (launched and given == "1"):  # launchers waste the other cores

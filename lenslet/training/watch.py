@@ -1,10 +1,10 @@
 """What goes on inside a network while it trains, for TensorBoard: `train.py --watch`.
 
-    gradient_norm/<layer>   scalars, and a warning where gradients vanish or explode
-    weights/<layer>         histograms of filters and matrices
-    activations/<layer>     histograms of the outputs of layers and activation functions
-    feature_maps/<layer>    what convolutions make of one image
-    the graph               once
+    watch/gradient_norm/<layer>  scalars, and a warning where gradients vanish or explode
+    weights/<layer>              histograms of filters and matrices
+    activations/<layer>          histograms of the outputs of layers and activation functions
+    feature_maps/<layer>         what convolutions make of one image
+    the graph                    once
 
 A layer is a module with parameters of its own, called by its name in the network.
 """
@@ -102,7 +102,7 @@ class Watch:
         for name, own in layers.items():
             norm[name] = math.hypot(*(next(norms) for _ in own)) / scale
             rms[name] = norm[name] / math.sqrt(sum(p.numel() for p in own))
-            self.board.add("scalar", f"gradient_norm/{name}", norm[name], step)
+            self.board.add("scalar", f"watch/gradient_norm/{name}", norm[name], step)
 
         def loss_change(name: str) -> float:
             return abs(sum((p.detach() * p.grad).sum().item() for p in layers[name])) / scale

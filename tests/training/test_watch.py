@@ -166,11 +166,11 @@ def test_norms():
     for scale, more in ((1.0, {}), (1024.0, {"scaler": scaler})):
         watched, notes = make_watch(network, torch.zeros(1, 3, 12, 12), **more)
         watched.gradients(7, 0.0)
-        assert notes.tags("gradient_norm/") == ["0", "5", "9"]
+        assert notes.tags("watch/gradient_norm/") == ["0", "5", "9"]
         for name in ("0", "5", "9"):
             own = [p.grad.flatten() for p in network[int(name)].parameters() if p.requires_grad]
             expected = torch.cat(own).norm().item() / scale
-            found = notes.added["scalar", f"gradient_norm/{name}"]
+            found = notes.added["scalar", f"watch/gradient_norm/{name}"]
             assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -236,7 +236,7 @@ def test_exploding(factor, convolutions):
     (line,) = notes.lines
     named = line.removeprefix("exploding gradient: ").split()[0]
     norms = {tag: value for (kind, tag), value in notes.added.items() if kind == "scalar"}
-    assert norms[f"gradient_norm/{named}"] == max(norms.values()) > 1000
+    assert norms[f"watch/gradient_norm/{named}"] == max(norms.values()) > 1000
     assert "at step 0" in line and line.endswith(": clip")
 
 
@@ -247,7 +247,7 @@ def test_large_gradients_across_the_weights():
     network[0].weight.data *= 1e-6
     watched, notes = make_watch(network, torch.zeros(2, 3, 12, 12))
     train(network, 1, watched)
-    assert notes.added["scalar", "gradient_norm/0"] > 1000 and not notes.lines
+    assert notes.added["scalar", "watch/gradient_norm/0"] > 1000 and not notes.lines
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -294,7 +294,7 @@ def test_healthy_networks(name, size):
         for layer, module in network.named_modules()
     }
     trained = [layer for layer, own in owners.items() if any(p.requires_grad for p in own)]
-    assert notes.tags("gradient_norm/") == trained
+    assert notes.tags("watch/gradient_norm/") == trained
     matrices = [layer for layer, own in owners.items() if any(p.dim() > 1 for p in own)]
     shown = notes.tags("weights/")
     assert len(shown) == min(30, len(matrices)) and set(shown) <= set(matrices)
@@ -316,11 +316,11 @@ def test_what_tensorboard_shows(tmp_path):
     events.Reload()
     tags = events.Tags()
     layers = ["0", "1", "4", "5", "9"]
-    assert set(tags["scalars"]) == {f"gradient_norm/{layer}" for layer in layers}
+    assert set(tags["scalars"]) == {f"watch/gradient_norm/{layer}" for layer in layers}
     functions = {f"activations/{layer}" for layer in [*layers, "2", "6"]}
     assert set(tags["histograms"]) == {"weights/0", "weights/4", "weights/9"} | functions
     assert set(tags["images"]) == {"feature_maps/0", "feature_maps/4"} and tags["graph"]
-    for kind, tag in (("Scalars", "gradient_norm/0"), ("Histograms", "weights/0")):
+    for kind, tag in (("Scalars", "watch/gradient_norm/0"), ("Histograms", "weights/0")):
         assert [event.step for event in getattr(events, kind)(tag)] == [0, 100, 200]
     weights = events.Histograms("weights/0")[0].histogram_value
     assert weights.num == network[0].weight.numel() and len(weights.bucket) <= 66
