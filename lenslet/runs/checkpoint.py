@@ -70,8 +70,6 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         if not fault:
             return path, notes
         notes.append(f"{path} cannot be used ({fault})")
-        if fault.startswith("of another version"):  # and so are those before it
-            break
     return None, notes
 
 
