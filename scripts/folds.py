@@ -30,8 +30,7 @@ def main(argv=None) -> int:
     parser = create_parser(__doc__)
     add = parser.add_argument
     add("--folds", metavar="K", type=number(int, 2), default=5, help="how many")
-    help = "of each training"
-    add("--processes", metavar="N", type=number(int, 1), default=1, help=help)
+    add("--processes", metavar="N", type=number(int, 1), default=1, help="of each training")
     add("--output", metavar="DIR", help="folder of the runs (default: runs/<data>-<model>-K-folds)")
     args, words = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     given = options.parse(words)

@@ -103,8 +103,7 @@ def build_parser(description: str = "") -> cli.Parser:
     add("--schedule", metavar="NAME", type=as_written(parse_schedule), default="cosine", help=help)
     help = "optimizer steps (500), or share of them all (20%%), of linear rise to the learning rate"
     add("--warmup", metavar="N", type=as_written(cli.steps_or_percent), default="0", help=help)
-    help = "clip the norm of all gradients together to this value"
-    add("--clip", metavar="NORM", type=positive, help=help)
+    add("--clip", metavar="NORM", type=positive, help="clip the norm of all gradients together")
     help = "seed of the initial weights, the order of the images, and the augmentation"
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), default=0, help=help)
 
@@ -117,8 +116,7 @@ def build_parser(description: str = "") -> cli.Parser:
     add("--class-weights", metavar="WEIGHTS", type=as_written(cli.class_weights), help=help)
     help = "weights of single images in the loss: a CSV file with columns file and weight"
     add("--image-weights", metavar="FILE", help=help)
-    help = "distillation: learn from the answers of these weights too"
-    add("--teacher", metavar="WEIGHTS", help=help)
+    add("--teacher", metavar="WEIGHTS", help="distillation: learn from these weights' answers too")
     help = "share of the teacher in the loss (default with --teacher: 0.5)"
     add("--teacher-share", metavar="SHARE", type=share, help=help)
     help = "softens the answers of both (default with --teacher: 4)"
@@ -148,8 +146,7 @@ def build_parser(description: str = "") -> cli.Parser:
     add("--save-every", metavar="N", type=as_written(cli.steps_or_time), default="5m", help=help)
     help = "resume this run, with its options (default: the unfinished run with the same options)"
     add("--resume", metavar="RUN", help=help)
-    help = "start a new run"
-    add("--no-resume", dest="resume", action="store_const", const=False, help=help)
+    add("--no-resume", dest="resume", action="store_const", const=False, help="start a new run")
     help = "steps between two points of the loss curve"
     add("--log-every", metavar="N", type=count, default=50, help=help)
     help = "log gradients, histograms, feature maps and the graph; costs up to 5 %% of the time"
