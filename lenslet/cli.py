@@ -18,10 +18,7 @@ def command(script: str, *words) -> str:
         files.ROOT / "scripts" / script,
         *words,
     ]
-    return shlex.join(
-        os.path.relpath(p) if isinstance(p, Path) and p.is_relative_to(Path.cwd()) else str(p)
-        for p in parts
-    )
+    return shlex.join(files.shown(p) if isinstance(p, Path) else str(p) for p in parts)
 
 
 BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
@@ -68,6 +65,9 @@ def explicit(parser: Parser, argv: list[str] | None) -> dict:
     names = [action.dest for action in parser._actions if action.dest != "help"]
     empty = argparse.Namespace(**dict.fromkeys(names, unset))
     values = vars(parser.parse_args(_words(argv), empty))
+    for name, value in values.items():
+        if value == "":  # of a shell variable that is not set, say
+            parser.error(f"--{name.replace('_', '-')} is empty")
     return {name: value for name, value in values.items() if value is not unset}
 
 

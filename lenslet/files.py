@@ -17,6 +17,11 @@ RECIPES = ROOT / "recipes"
 RESULTS = ROOT / "results"
 
 
+def shown(path: Path) -> str:
+    """A path as it is seen from the working directory, if it is below that."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Write data under path so that a reader, or a crash, meets the old file or the whole new one.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import _root  # noqa: F401
 from lenslet import files
 from lenslet.cli import create_parser, number
-from lenslet.errors import OutsideError, UserError, error_context, run_main
+from lenslet.errors import OutsideError, UserError, run_main
 from lenslet.training import options
 
 FIGURES = {
@@ -39,14 +39,11 @@ def main(argv=None) -> int:
             raise UserError(f"--{option} is for a single training; leave it out")
 
     # These import torch, which takes a second.
-    from lenslet.data.load import choose_data, recipe_for
     from lenslet.runs.folder import newest_finished
     from lenslet.runs.launch import run_training
+    from lenslet.training.build import choose_options
 
-    with error_context(f"--data {given.get('data')}"):
-        data = choose_data(given.get("data"))
-        recipe = recipe_for(data) if options.needs_recipe(given) else None
-    wanted = options.complete(given | {"fold": f"1/{args.folds}"}, data, recipe)
+    wanted = choose_options(given | {"fold": f"1/{args.folds}"}, args.processes)
     run_name = options.run_name(wanted).rpartition("-fold-")[0]
     folder = Path(args.output or files.RUNS / f"{run_name}-{args.folds}-folds")
     summaries = []
@@ -54,7 +51,7 @@ def main(argv=None) -> int:
         wanted.fold, output = f"{k}/{args.folds}", folder / f"fold-{k}"
         compare = partial(options.differences, args=wanted)
         if not newest_finished(output, compare):
-            mine = ["--data", data, "--fold", wanted.fold, "--output", output]
+            mine = ["--data", wanted.data, "--fold", wanted.fold, "--output", output]
             status = run_training([*words, *mine], args.processes)
             if status in (2, 130, 143):  # it has said why
                 return status

@@ -18,6 +18,7 @@ from pathlib import Path
 import _root  # noqa: F401
 from lenslet.cli import add_weights_option, create_parser, number, parse
 from lenslet.errors import UserError, run_main
+from lenslet.files import shown
 
 BATCH = 64  # images
 
@@ -69,14 +70,12 @@ def find(words: list[str]) -> list[str]:
 def describe(weights: Path, header: dict) -> str:
     """Which weights these are: "runs/digits-lenet/… (digits, lenet, trained 3 hours ago)"."""
     path = weights.resolve()  # runs/latest as the run it is
-    if path.is_relative_to(Path.cwd()):
-        path = path.relative_to(Path.cwd())
     age = max(0, time.time() - path.stat().st_mtime)
     units = {"day": 86400, "hour": 3600, "minute": 60, "second": 1}
     unit = next((unit for unit, length in units.items() if age >= length), "second")
     count = int(age // units[unit])
     ago = f"{count} {unit}{'' if count == 1 else 's'} ago"
-    return f"{path} ({Path(header['data']).name}, {header['model']}, trained {ago})"
+    return f"{shown(path)} ({Path(header['data']).name}, {header['model']}, trained {ago})"
 
 
 def predict(model, prepare, header: dict, files: list[str], top: int) -> Iterator[tuple[str, list]]:

@@ -24,9 +24,13 @@ def main(argv=None) -> int:
     args = parse(parser, argv)
     stored = (files.RESULTS / "results.json").read_bytes()
     plot = files.RESULTS / "accuracy.svg"
+    try:
+        rows = table_rows(json.loads(stored))
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutsideError(f"results/results.json: not as this reads it ({error!r})") from error
     if not args.check:
         files.atomic_write(plot, draw_plot(stored))
-    readme, rows = (files.ROOT / "README.md").read_text(), table_rows(json.loads(stored))
+    readme = (files.ROOT / "README.md").read_text()
     print(*rows, sep="\n")
     faults = [f"README.md lacks this row: {row}" for row in rows if row not in readme]
     if not is_drawn_from(plot.read_text(), stored):

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import _root  # noqa: F401
-from lenslet import cli
+from lenslet import cli, files
 from lenslet.errors import UserError, error_context, run_main
 
 
@@ -86,7 +86,7 @@ def main(argv=None):
         print(summary(result, split))
         if args.tta:
             print(summary(result["tta"], "averaged over shifted and mirrored copies (--tta):"))
-        print(f"report: {output / 'report'}")
+        print(f"report: {files.shown(output / 'report')}")
         named = ["--weights", weights] if args.weights else []
         print(f"next: {cli.command('predict.py', *named, samples[-1])}")
     accelerator.wait_for_everyone()  # without it gloo now and then aborts while shutting down

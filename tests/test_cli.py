@@ -253,3 +253,9 @@ def test_command(monkeypatch):
     assert words[1:] == ["scripts/test.py", "--weights", "'runs/my", "run/m'"]
     monkeypatch.chdir("/")
     assert str(files.ROOT / "scripts" / "test.py").lstrip("/") in cli.command("test.py")
+
+
+def test_an_empty_value_is_a_mistake():
+    """--data '' of a shell variable that is not set does not mean the default."""
+    for name in ("--data", "--resume", "--config", "--image-weights"):
+        refuse(lambda name=name: options.parse([name, ""]), f"{name} is empty")

@@ -21,7 +21,7 @@ LEVELS = [
 KNOWS_ARGS = {"training/options.py", "training/build.py", "runs/run.py"}  # and scripts/
 NAMES_OPTIONS = KNOWS_ARGS | {"cli.py", "runs/summary.py", "runs/launch.py"}
 BRANCHES = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.IfExp, ast.Assert, ast.comprehension)
-CODE_LINES = 4785  # what there is: who adds something looks first for what can go
+CODE_LINES = 4790  # what there is: who adds something looks first for what can go
 
 
 def sources():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lenslet.cli import command
 from lenslet.data.batches import Data
+from lenslet.files import shown
 from lenslet.grid import draw_grid
 
 
@@ -64,7 +65,7 @@ def metrics_json(progress, finished: bool) -> bytes:
 def stopped(progress, batches: int, folder: Path) -> str:
     """Where a signal stopped the run; batches: of an epoch."""
     where = f"stopped in epoch {progress.epoch + 1} after {progress.batch} of {batches} batches"
-    return f"{where}, and saved: run the same command to resume, or --resume {folder}"
+    return f"{where}, and saved: run the same command to resume, or --resume {shown(Path(folder))}"
 
 
 def conclude(progress, folder: Path, metric: str | None, overfit: int | None) -> str:
@@ -77,7 +78,7 @@ def conclude(progress, folder: Path, metric: str | None, overfit: int | None) ->
         reached = f", validation accuracy {best['val_accuracy']:.2%}"
         reached += f", f1 {best['val_f1']:.2%}" if metric == "f1" else ""
     lines = [f"stopped early: {progress.ended}"] if progress.ended else []
-    lines.append(f"weights of epoch {best['epoch']}{reached}: {weights}")
+    lines.append(f"weights of epoch {best['epoch']}{reached}: {shown(weights)}")
     lines.append(f"training took {progress.train_seconds:.1f} s")
     if not overfit:
         return "\n".join([*lines, f"next: {command('test.py', '--weights', weights)}"])

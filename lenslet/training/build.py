@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -47,23 +48,28 @@ class Inputs:
     notes: list[str] = field(default_factory=list)  # what pretrained weights fitted, a line each
 
 
-def begin(given: dict):
-    """Join the other processes; all options, and the Accelerator.
+def choose_options(given: dict, world: int, on_main=lambda work: work()):
+    """All options of a training, with its data set and recipe.
 
-    given: as options.parse() returns it.  The main process chooses the data set and its recipe.
-    Errors: UserError for options that do not go together, before anything is downloaded.
+    given: as options.parse() returns it.  world: number of processes; on_main: has the main one
+    alone do some work.  Errors: UserError for options that do not go together, before any download.
     """
-    state = start.start_processes(given.get("threads"))
     name, recipe = given.get("data"), None
-    if options.needs_recipe(given):
-        with error_context(f"--data {name}"):
-            recipe = start.from_main_process(state, lambda: recipe_for(name or "cifar10"))
-    world = state.num_processes
+    with error_context(f"--data {name}"):
+        if options.needs_recipe(given):
+            recipe = on_main(lambda: recipe_for(name or "cifar10"))
     args = options.complete(given, name or "cifar10", recipe, world)
     with error_context(f"--data {name}"):
-        args.data = start.from_main_process(state, lambda: choose_data(name))
+        args.data = on_main(lambda: choose_data(name))
     if not name and args.data != "cifar10":
         args = options.complete(given, args.data, recipe and RECIPES[args.data], world)
+    return args
+
+
+def begin(given: dict):
+    """Join the other processes; all options, and the Accelerator.  Errors: as choose_options()."""
+    state = start.start_processes(given.get("threads"))
+    args = choose_options(given, state.num_processes, partial(start.from_main_process, state))
     if args.deterministic:
         compute_deterministically()
     with error_context("--precision"):

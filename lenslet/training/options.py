@@ -31,7 +31,7 @@ def build_parser(description: str = "") -> cli.Parser:
     """train.py's parser; description is its module docstring."""
     parser = cli.create_parser(description)
     flag = argparse.BooleanOptionalAction
-    share, count = number(float, 0, 1), number(int, 1)
+    share, count = number(float, 0, 1), number(int, 1, 10**9)
     positive = number(float, 0, above=True)
     add = parser.add_argument
     add("--config", metavar="FILE", help="a YAML file of options, or a recipe's name")
