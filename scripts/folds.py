@@ -43,7 +43,7 @@ def main(argv=None) -> int:
     from lenslet.runs.launch import run_training
     from lenslet.training.build import choose_options
 
-    wanted = choose_options(given | {"fold": f"1/{args.folds}"}, args.processes)
+    wanted = choose_options(given | {"fold": f"1/{args.folds}"})
     run_name = options.run_name(wanted).rpartition("-fold-")[0]
     folder = Path(args.output or files.RUNS / f"{run_name}-{args.folds}-folds")
     summaries = []

@@ -176,23 +176,27 @@ class BatchSampler(Sampler):
     """One process's part of every batch: (epoch, indices, size, loss factor), see Batch.
 
     A batch holds the same images on any number of processes: process k of n has every n-th image
-    from the k-th on.  Set `epoch` before iterating, and `start` to begin with a later batch than
-    the first; with a seed every epoch has an order of its own.
+    from the k-th on, so that some have one more than others where n does not divide the batch.  Set
+    `epoch` before iterating, and `start` to begin with a later batch than the first; with a seed
+    every epoch has an order of its own.
 
-    Batch norm cannot train on one image.  So while training, a short last batch is shared by only
-    as many processes as get two images each (one, where no batch has two for each).  The others
-    repeat images of it, which do not count: every process must take part in every step.  A last
-    batch of one image is dropped.
+    Batch norm cannot train on one image.  So while training, a batch is shared by only as many
+    processes as get `least` images each.  The others repeat images of it, which do not count: every
+    process must take part in every step.  A last batch of fewer is dropped.
     """
 
     def __init__(self, count, batch_size, seed=None, rank=0, world=1):
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world = rank, world
         self.epoch = self.start = 0
-        self.least = max(1, min(2, batch_size // world))  # images to a process, while training
-        # One image is left out, a different one in every epoch.
-        drop = seed is not None and count % batch_size == 1 and count > 1
-        self.used = count - drop
+        self.least = 2  # images to a process, while training: 1 will do without batch norm
+
+    @property
+    def used(self) -> int:
+        """The images of an epoch; those left out are others in every epoch."""
+        last = self.count % self.batch_size
+        drop = self.seed is not None and last < self.least and last < self.count
+        return self.count - last * drop
 
     def __len__(self) -> int:
         return -(-self.used // self.batch_size)

@@ -6,6 +6,7 @@ Accelerate decides nearly all of it; this corrects what launchers and CPUs get w
 import atexit
 import ctypes
 import os
+import platform
 import sys
 import time
 import warnings
@@ -13,20 +14,23 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from joblib import cpu_count
 from torch import distributed
 
 from lenslet.distributed.interrupts import end_workers, name_lost_processes
-from lenslet.errors import UserError
+from lenslet.distributed.launchers import check_launcher
+from lenslet.errors import OutsideError, UserError
 
 
 def start_processes(threads: int | None = None) -> PartialState:
     """Join the other processes of this run, if any, and take this one's share of the cores.
 
     threads: of this process; None: as many as the user's OMP_NUM_THREADS or its share says.
-    Errors: UserError where the launcher started processes that do not find each other.
+    Errors: UserError for a way of launching that is not supported, and where the launcher started
+    processes that do not find each other.
     """
+    check_launcher()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1 and not torch.accelerator.is_available():
         # Without this each process would train by itself and overwrite the others' files.
@@ -39,6 +43,9 @@ def start_processes(threads: int | None = None) -> PartialState:
             f"{world} processes were launched, but this one sees {state.num_processes}: on a CPU "
             "start them with `make train PROCESSES=N`"
         )
+    kind = state.distributed_type.name
+    if kind != "NO" and not kind.startswith("MULTI_"):  # XLA
+        raise UserError(f"Accelerate's distributed type {kind}: only MULTI_… are supported")
     if world > 1:
         name_lost_processes(state.process_index)
     keep_freed_memory()
@@ -85,10 +92,32 @@ def from_main_process(state: PartialState | Accelerator, work):
 
 
 def main_process_first(state: PartialState | Accelerator, work):
-    """What work() returns on each process; the others begin when the first one has succeeded."""
-    results = []
+    """What work() returns on each process; the others begin when the first one has succeeded.
+
+    Where it fails on another one, on a machine with other files, the first says so for it.
+    """
+    results, failure = [], None
     from_main_process(state, lambda: results.append(work()))
-    return results[0] if results else work()
+    if not results:
+        try:
+            results.append(work())
+        except (UserError, OSError) as error:
+            failure = error
+    said = (platform.node(), str(failure), getattr(failure, "status", 1)) if failure else None
+    for host, message, status in filter(None, gather_object([said])):
+        if not state.is_main_process:
+            sys.exit(status)
+        raise (UserError if status == 2 else OutsideError)(f"on {host}: {message}")
+    return results[0]
+
+
+def first_difference(value: dict) -> tuple[str, str] | None:
+    """Where a process has another value than the first one: the first key that differs, and the
+    machine; None where all are equal.
+    """
+    (_, first), *others = gather_object([(platform.node(), value)])
+    pairs = ((key, host) for host, other in others for key in first if other[key] != first[key])
+    return next(pairs, None)
 
 
 def keep_freed_memory() -> None:

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -23,7 +22,7 @@ from lenslet.errors import UserError, error_context
 from lenslet.metrics import evaluation_batch
 from lenslet.training import losses, options, pretrained
 from lenslet.training.clock import Plan, choose_width, measure_speed
-from lenslet.training.net import Freezer, Net
+from lenslet.training.net import Freezer, Net, fit_batch_norm
 from lenslet.training.optimizers import create_optimizer
 from lenslet.weights import read_header
 from model import create_model, head_of, load_model, network_defaults
@@ -48,28 +47,28 @@ class Inputs:
     notes: list[str] = field(default_factory=list)  # what pretrained weights fitted, a line each
 
 
-def choose_options(given: dict, world: int, on_main=lambda work: work()):
+def choose_options(given: dict, on_main=lambda work: work()):
     """All options of a training, with its data set and recipe.
 
-    given: as options.parse() returns it.  world: number of processes; on_main: has the main one
-    alone do some work.  Errors: UserError for options that do not go together, before any download.
+    given: as options.parse() returns it.  on_main: has the main process alone do some work.
+    Errors: UserError for options that do not go together, before any download.
     """
     name, recipe = given.get("data"), None
     with error_context(f"--data {name}"):
         if options.needs_recipe(given):
             recipe = on_main(lambda: recipe_for(name or "cifar10"))
-    args = options.complete(given, name or "cifar10", recipe, world)
+    args = options.complete(given, name or "cifar10", recipe)
     with error_context(f"--data {name}"):
         args.data = on_main(lambda: choose_data(name))
     if not name and args.data != "cifar10":
-        args = options.complete(given, args.data, recipe and RECIPES[args.data], world)
+        args = options.complete(given, args.data, recipe and RECIPES[args.data])
     return args
 
 
 def begin(given: dict):
     """Join the other processes; all options, and the Accelerator.  Errors: as choose_options()."""
     state = start.start_processes(given.get("threads"))
-    args = choose_options(given, state.num_processes, partial(start.from_main_process, state))
+    args = choose_options(given, partial(start.from_main_process, state))
     if args.deterministic:
         compute_deterministically()
     with error_context("--precision"):
@@ -94,13 +93,18 @@ def read_inputs(args, accelerator: Accelerator) -> Inputs:
             teacher = load_model(args.teacher)
     data = _load_data(args, accelerator)
     train = data.splits["train"]
+    counts = {split: len(part) for split, part in data.splits.items()}
+    known = {"classes": data.classes, "numbers of images": counts, "images": data.sha256}
+    if different := start.first_difference(known):
+        what, host = different
+        raise UserError(f"--data {args.data}: other {what} on {host} than on the first machine")
     with error_context(f"--image-weights {args.image_weights}"):
         weights, weights_sha256 = losses.image_weights(args.image_weights, args.data, train)
     counts = train.labels.bincount(minlength=len(data.classes))
     with error_context("--class-weights"):
         weights *= losses.class_weights(args.class_weights, counts)[train.labels]
     world = accelerator.num_processes
-    options.check_with_data(args, data, weights, teacher and teacher[2], world)
+    options.check_with_data(args, data, weights, teacher and teacher[2])
     statistics = choose_statistics(args, data, header)
     planned = _read_planned(args) if args.plan else None
     data.to(accelerator.device)
@@ -184,22 +188,20 @@ def create_net(args, inputs: Inputs, width: int | None = None) -> Net:
         few = min(1000, max(10, 2**20 // math.prod(network.input_size)))
         images = data.batch("train", evenly_spaced(len(data.splits["train"]), few)).images.cpu()
         network.whiten(prepare(images))
+    with error_context(f"--batch-size {args.batch_size}"):
+        inputs.notes = fit_batch_norm(network, inputs.train_loader.sampler, inputs.accelerator)
     head = head_of(network)
     if inputs.pretrained:
         same = inputs.pretrained_header.get("classes", data.classes) == data.classes
         with error_context(f"--pretrained {args.pretrained}"):
             fitted = pretrained.fit(network, inputs.pretrained, head, keep_head=same)
-        inputs.notes = [f"{args.pretrained}: {fitted[0]}", *fitted[1:]]
+        inputs.notes += [f"{args.pretrained}: {fitted[0]}", *fitted[1:]]
     with error_context(f"--optimizer {args.optimizer}"):
         optimizer = create_optimizer(
             args.optimizer, network, args.lr, args.momentum, args.weight_decay, args.nesterov
         )
     with error_context("--freeze" if args.freeze else "--freeze-epochs"):
         freezer = Freezer(network, args.freeze or [], args.freeze_epochs, head)
-    least = 2 * inputs.accelerator.num_processes
-    normalized = any(isinstance(layer, _BatchNorm) for layer in network.modules())
-    if normalized and args.batch_size < least:
-        raise UserError(f"--batch-size: batch norm needs 2 images per process, so {least}")
     return Net(network, optimizer, freezer, prepare)
 
 

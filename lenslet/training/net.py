@@ -12,14 +12,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
+from lenslet.data.batches import BatchSampler
 from lenslet.data.prepare import Prepare
 from lenslet.distributed.determinism import fix_reduction_order
 from lenslet.errors import UserError, nearest
 from lenslet.metrics import evaluate
 from lenslet.training.optimizers import innermost
 from model import add_dropout
+
+NORMAL = 32  # images of a batch: the statistics of fewer are so noisy that training suffers
 
 
 class Net:
@@ -135,6 +139,37 @@ class Net:
                     values[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
         if self._accelerator.scaler:
             self._accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def fit_batch_norm(
+    network: nn.Module, sampler: BatchSampler, accelerator: Accelerator
+) -> list[str]:
+    """Fit a network's batch norm, and how batches are shared, to each other; notes for the user.
+
+    Where a process has fewer than NORMAL images of a batch, the layers on GPUs take the statistics
+    of all processes together, in place; torch cannot do so on a CPU.  No parameter changes.
+    Errors: UserError for a batch of one image, which batch norm cannot train on.
+    """
+    notes, world, size = [], accelerator.num_processes, sampler.batch_size
+    normalized = any(isinstance(layer, _BatchNorm) for layer in network.modules())
+    sampler.least = 2 if normalized else 1
+    if not normalized:
+        return notes
+    if size == 1:
+        raise UserError("batch norm needs 2 images or more")
+    if sampler.used < sampler.count:
+        notes.append("a last batch of one image, on which batch norm cannot train, is left out")
+    if world > 1 and size < NORMAL * world:
+        if accelerator.device.type == "cuda":
+            from timm.layers import convert_sync_batchnorm  # torch's own drops timm's activations
+
+            convert_sync_batchnorm(network)
+        else:
+            notes.append(
+                f"batch norm sees {max(2, size // world)} images in each of {world} processes and "
+                f"needs {NORMAL} to train well: lower PROCESSES or raise the batch size"
+            )
+    return notes
 
 
 class Freezer:

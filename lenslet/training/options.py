@@ -192,10 +192,10 @@ def needs_recipe(given: dict) -> bool:
     return not (given.get("model") or given.get("config") or given.get("resume"))
 
 
-def complete(given: dict, data: str, recipe: str | None, world=1) -> argparse.Namespace:
+def complete(given: dict, data: str, recipe: str | None) -> argparse.Namespace:
     """All options of a training on a data set: those given, over those of its recipe.
 
-    world: number of processes.  Errors: UserError for a name that is not known, and as check().
+    Errors: UserError for a name that is not known, and as check().
     """
     from lenslet.training.optimizers import check_optimizer  # these import torch
     from model import network_defaults
@@ -212,7 +212,7 @@ def complete(given: dict, data: str, recipe: str | None, world=1) -> argparse.Na
             setattr(args, name, str(Path(path).resolve()))
     if args.overfit:
         turn_off_regularization(args)
-    check(args, world)
+    check(args)
     with error_context("--optimizer"):
         check_optimizer(args.optimizer)
     with error_context("--model"):
@@ -233,7 +233,7 @@ def turn_off_regularization(args) -> None:
     args.batch_size = min(args.batch_size, args.overfit)
 
 
-def check(args, world: int) -> None:
+def check(args) -> None:
     """Refuse options that do not go together, before anything is read or fetched.
 
     Errors: UserError naming them.
@@ -268,22 +268,18 @@ def check(args, world: int) -> None:
     for message, refused in refusals.items():
         if refused:
             raise UserError(message)
-    if args.batch_size % world:
-        option = "--overfit" if args.batch_size == args.overfit else "--batch-size"
-        reason = f"cannot be divided among {world} processes: give a multiple of {world}"
-        raise UserError(f"{option} {args.batch_size} {reason}")
     if not validates(args):
         for option in needing_validation(args):
             raise UserError(f"{option} needs validation images: set --val above 0, or --fold")
 
 
-def check_with_data(args, data, weights, teacher: dict | None, world: int) -> None:
+def check_with_data(args, data, weights, teacher: dict | None) -> None:
     """Refuse what does not go with the data, before there is a run folder.
 
     weights float [N]: of the training images; teacher: its header.  Errors: UserError.
     """
     count = len(data.splits["train"])
-    if count < 2 * world:
+    if count < 2:
         raise UserError(f"--data {args.data}: {count} training images are too few")
     if "val" not in data.splits:
         for option in needing_validation(args):

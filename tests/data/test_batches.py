@@ -43,7 +43,7 @@ def test_evaluation_meets_every_image_once(count, world):
 
 
 @pytest.mark.parametrize("seed", [None, 1])
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 3, 5, 8])
 @pytest.mark.parametrize("count", [24, 27, 30, 49])
 def test_processes_share_a_batch(count, world, seed):
     """A step's batch holds the same images on any number of processes, the last one too.
@@ -81,6 +81,34 @@ def test_training_batches(world, batch):
         met = joined(rows for part in parts for _, rows, _, share in part if share)
         assert len(met) == len(set(met)) == sum(size for _, _, size, _ in parts[0])
         assert len(met) == (count - 1 if count % total == 1 and total > 1 else count)
+
+
+@pytest.mark.parametrize("world", range(1, 9))
+@pytest.mark.parametrize("batch", [4, 30, 64])
+def test_uneven_parts(world, batch):
+    """Any number of processes shares any batch as evenly as can be, and its mean is one's mean."""
+    for least in (1, 2):
+        samplers = [BatchSampler(150, batch, 0, rank, world) for rank in range(world)]
+        for sampler in samplers:
+            sampler.least = least
+        for parts in zip(*samplers, strict=True):
+            (_, _, size, _), *_ = parts
+            counted = [rows for _, rows, _, factor in parts if factor]
+            assert len(counted) == max(1, min(world, size // least))
+            assert max(map(len, counted)) - min(map(len, counted)) <= 1
+            # As DistributedDataParallel does: the mean over the processes of their sums.
+            mean = sum(factor * sum(rows) for _, rows, _, factor in parts) / world
+            assert mean == pytest.approx(sum(joined(counted)) / size)
+
+
+def test_one_image_left():
+    """A last batch of one image is an epoch's like any other where one is enough."""
+    sampler = BatchSampler(25, 8, 0)
+    assert (len(sampler), sampler.used) == (3, 24)
+    sampler.least = 1
+    assert (len(sampler), sampler.used) == (4, 25)
+    assert sorted(joined(rows for _, rows, *_ in sampler)) == list(range(25))
+    assert len(BatchSampler(1, 8, 0)) == 1  # all that there is
 
 
 def test_start():

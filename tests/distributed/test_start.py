@@ -1,11 +1,12 @@
 """Processes, threads and precision are what was asked for, or what the machine does best."""
 
 import os
+import platform
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 
 from lenslet.distributed import start
 from lenslet.errors import UserError
@@ -122,12 +123,21 @@ def test_launched_on_a_cpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    state = SimpleNamespace(num_processes=2, process_index=1)
+    kind = DistributedType.MULTI_CPU
+    state = SimpleNamespace(num_processes=2, process_index=1, distributed_type=kind)
     monkeypatch.setattr(start, "PartialState", lambda **_: state)
     watched = []
     monkeypatch.setattr(start, "name_lost_processes", watched.append)
     start.start_processes()
     assert os.environ["ACCELERATE_USE_CPU"] == "true" and watched == [1]
+
+
+def test_other_kinds(monkeypatch):
+    """A device that Accelerate does not drive by data parallelism is refused by its name."""
+    state = SimpleNamespace(num_processes=1, distributed_type=DistributedType.XLA)
+    monkeypatch.setattr(start, "PartialState", lambda **_: state)
+    with pytest.raises(UserError, match="distributed type XLA"):
+        start.start_processes()
 
 
 def test_workers(monkeypatch):
@@ -172,3 +182,30 @@ def test_main_process_first(monkeypatch):
     monkeypatch.setattr(start, "broadcast_object_list", lambda _: done.append(2) or [None, 0])
     assert start.main_process_first(SimpleNamespace(is_main_process=False), work) == 3
     assert done == [1, 2, 1]
+
+
+@pytest.mark.parametrize(("error", "status"), [(UserError("a"), 2), (OSError("b"), 1)])
+def test_the_first_says_what_failed_elsewhere(monkeypatch, error, status):
+    """Work that only fails on another machine is named there by the process that prints."""
+
+    def fail():
+        raise error
+
+    found = []  # what the others are told
+    monkeypatch.setattr(start, "broadcast_object_list", lambda _: [None, 0])
+    monkeypatch.setattr(start, "gather_object", lambda said: found.extend(said) or [None, *said])
+    with pytest.raises(SystemExit) as left:
+        start.main_process_first(SimpleNamespace(is_main_process=False), fail)
+    assert left.value.code == status
+    monkeypatch.setattr(start, "gather_object", lambda said: [*said, *found])
+    with pytest.raises(UserError, match=f"^on {platform.node()}: {error}$") as caught:
+        start.main_process_first(SimpleNamespace(is_main_process=True), lambda: 1)
+    assert caught.value.status == status
+
+
+def test_first_difference(monkeypatch):
+    """A value that differs between processes is found, with the key and the machine."""
+    assert start.first_difference({"a": 1, "b": [2]}) is None
+    others = [("one", {"a": 1, "b": [2]}), ("two", {"a": 1, "b": [3]})]
+    monkeypatch.setattr(start, "gather_object", lambda mine: mine + others)
+    assert start.first_difference({"a": 1, "b": [2]}) == ("b", "two")

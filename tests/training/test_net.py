@@ -12,6 +12,7 @@ from conftest import public_names
 from torch import nn
 
 import model
+from lenslet.data.batches import BatchSampler
 from lenslet.data.prepare import Prepare
 from lenslet.errors import UserError
 from lenslet.training import net
@@ -324,3 +325,54 @@ def test_the_state_of_another_network():
         state["optimizer"]["param_groups"] = state["optimizer"]["param_groups"][:1]
         with pytest.raises(UserError, match=r"^does not fit this network \(.+\)$"):
             distributed().load_state(state)
+
+
+def fitted(network, batch, world, device):
+    """fit_batch_norm() for an epoch of 65 images: its notes, and the sampler."""
+    accelerator = SimpleNamespace(num_processes=world, device=torch.device(device))
+    sampler = BatchSampler(65, batch, seed=0, world=world)
+    return net.fit_batch_norm(network, sampler, accelerator), sampler
+
+
+def test_few_images_for_batch_norm():
+    """On a CPU a line says so where a process has fewer than 32 images of a batch, and only there;
+    nothing changes.
+    """
+    for batch, world in ((64, 2), (16, 1)):
+        assert not any("PROCESSES" in note for note in fitted(tiny(), batch, world, "cpu")[0])
+    network = tiny()
+    notes, _ = fitted(network, 62, 2, "cpu")
+    assert "31 images in each of 2 processes" in notes[-1] and "PROCESSES" in notes[-1]
+    assert type(network.bn) is nn.BatchNorm2d
+    assert fitted(nn.Linear(2, 2), 16, 8, "cpu")[0] == []
+
+
+@pytest.mark.parametrize("name", ["fastnet", "resnet10t", "efficientnet_b0"])
+def test_batch_norm_over_processes(name):
+    """On GPUs the layers take all processes' statistics then; names, parameters, what learns and
+    the answers stay as they were.
+    """
+    arguments = {"width": 8} if name == "fastnet" else {}
+    network = model.create_model(name, 3, **arguments).eval()
+    images = torch.rand(2, 3, *network.input_size)
+    before, answers, learns = network.state_dict(), network(images), free(network)
+    assert fitted(network, 62, 2, "cuda")[0] == []
+    layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert layers and all(isinstance(layer, nn.SyncBatchNorm) for layer in layers)
+    assert torch.equal(network(images), answers) and free(network) == learns
+    assert list(network.state_dict()) == list(before)
+    wide = model.create_model(name, 3, **arguments)
+    fitted(wide, 64, 2, "cuda")
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in wide.modules())
+
+
+def test_one_image_is_too_few_for_batch_norm():
+    """A last batch of one image is left out, and said, where there is batch norm; a batch size of
+    one is refused.
+    """
+    notes, sampler = fitted(tiny(), 64, 1, "cpu")
+    assert sampler.used == 64 and "one image" in notes[0]
+    notes, sampler = fitted(nn.Linear(2, 2), 64, 1, "cpu")
+    assert sampler.used == 65 and not notes
+    with pytest.raises(UserError, match="batch norm needs 2 images"):
+        fitted(tiny(), 1, 1, "cpu")
