@@ -75,10 +75,10 @@ def evaluation_batch(batch_size: int, accumulate: int, world: int, in_memory: bo
 
 
 def figures(rows: Tensor, classes: int) -> dict:
-    """Every figure of an evaluation, as fractions in 0..1; a class never met or predicted has 0.
+    """Every figure of an evaluation, as fractions in 0..1; a class never predicted has 0.
 
     rows [N, 6] from evaluate().  confusion[true][predicted] counts images; the macro figures are
-    means over all classes.
+    means over the classes that there are images of, the others' figures are None.
     """
     _, label, predicted, in_top5, _, loss = rows.unbind(1)
     cells = (label * classes + predicted).long()
@@ -87,18 +87,22 @@ def figures(rows: Tensor, classes: int) -> dict:
     precision = hits / guessed.clamp(min=1)
     recall = hits / actual.clamp(min=1)
     f1 = 2 * hits / (actual + guessed).clamp(min=1)
-    columns = (values.tolist() for values in (actual, precision, recall, f1))
+    met = actual > 0
+    columns = [
+        [value if n else None for value, n in zip(values.tolist(), actual.tolist(), strict=True)]
+        for values in (precision, recall, f1)
+    ]
     return {
         "images": len(rows),
         "loss": loss.mean().item(),
         "top1": hits.sum().item() / len(rows),
         "top5": in_top5.mean().item(),
-        "macro_precision": precision.mean().item(),
-        "macro_recall": recall.mean().item(),
-        "macro_f1": f1.mean().item(),
+        "macro_precision": precision[met].mean().item(),
+        "macro_recall": recall[met].mean().item(),
+        "macro_f1": f1[met].mean().item(),
         "per_class": [
             {"images": n, "accuracy": r, "precision": p, "recall": r, "f1": f}
-            for n, p, r, f in zip(*columns, strict=True)
+            for n, p, r, f in zip(actual.tolist(), *columns, strict=True)
         ],
         "confusion": confusion.tolist(),
     }

@@ -3,8 +3,9 @@
     make folds K=5 DATA=digits
     python scripts/folds.py --folds 5 --data my/pictures --epochs 20
 
-Every other option is train.py's.  Each training validates on the fold that it has not seen.  Those
-that are finished are not repeated: run the same command again after an interruption.
+Every other option is train.py's.  Each training validates on the fold that it has not seen, and the
+figures are those of its last epoch: the best one was chosen by the very fold that would judge it.
+Those that are finished are not repeated: run the same command again after an interruption.
 """
 
 import json
@@ -46,7 +47,7 @@ def main(argv=None) -> int:
     wanted = choose_options(given | {"fold": f"1/{args.folds}"})
     run_name = options.run_name(wanted).rpartition("-fold-")[0]
     folder = Path(args.output or files.RUNS / f"{run_name}-{args.folds}-folds")
-    summaries = []
+    last = []  # epochs
     for k in range(1, args.folds + 1):
         wanted.fold, output = f"{k}/{args.folds}", folder / f"fold-{k}"
         compare = partial(options.differences, args=wanted)
@@ -59,22 +60,27 @@ def main(argv=None) -> int:
                 rest = "once that is fixed, run the same command again"
                 raise OutsideError(f"fold {k} ended with status {status}; {rest}")
         metrics = (newest_finished(output, compare) / "metrics.json").read_text()
-        summaries.append(json.loads(metrics)["summary"])
-    report(summaries, folder)
+        last.append(json.loads(metrics)["epochs"][-1])
+    report(last, folder)
+    if wanted.patience:
+        print("each training was stopped by its own fold (--patience): the figures are too good")
     return 0
 
 
-def report(summaries: list[dict], folder: Path) -> None:
-    """Print what each fold reached, and their mean and deviation; write folder/folds.json."""
+def report(last: list[dict], folder: Path) -> None:
+    """Print what each fold reached, and their mean and deviation; write folder/folds.json.
+
+    last: the record of each training's last epoch, as metrics.json has it.
+    """
     table = {}
     for key in FIGURES:
-        values = [summary[key] for summary in summaries]
+        values = [record[key] for record in last]
         mean, deviation = statistics.mean(values), statistics.stdev(values)
         table[key] = {"folds": values, "mean": mean, "std": deviation}
     files.atomic_write(folder / "folds.json", json.dumps(table, indent=1))
-    for k, summary in enumerate(summaries, 1):
-        found = [f"{name} {summary[key]:{form}}" for key, (name, form) in FIGURES.items()]
-        print(f"fold {k}/{len(summaries)}: epoch {summary['best_epoch']}", *found, sep="  ")
+    for k, record in enumerate(last, 1):
+        found = [f"{name} {record[key]:{form}}" for key, (name, form) in FIGURES.items()]
+        print(f"fold {k}/{len(last)}: last epoch, {record['epoch']}", *found, sep="  ")
     found = [
         f"{name} {table[key]['mean']:{form}} ± {table[key]['std']:{form}}"
         for key, (name, form) in FIGURES.items()

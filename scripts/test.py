@@ -117,7 +117,8 @@ def open_split(args, weights: Path, header: dict, workers: int) -> tuple:
         else:
             raise UserError("no test/ and no val/ images; add a test/ folder")
     if split == "val":
-        why = ", by which the weights were chosen" if trained["val"] or trained.get("fold") else ""
+        validated = (trained["val"] or trained.get("fold")) and trained.get("keep") != "last"
+        why = ", by which the weights were chosen" if validated else ""
         data.notes.append(f"{name} has no test images: these are the validation images{why}")
     return data, split
 

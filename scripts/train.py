@@ -56,7 +56,7 @@ def main(argv=None) -> int:
     objective = build.create_objective(args, inputs)
     per_epoch = len(inputs.train_loader)
     schedule = Schedule(args.schedule, args.warmup, per_epoch, args.min_delta, args.lr, plan)
-    meter = Meter(accelerator, args.log_every)
+    meter = Meter(accelerator, args.log_every, objective.name)
     # Restores net and meter from the checkpoint, if there is one.
     run = Run(args, found, build.create_header(args, inputs, net), inputs, net, meter, plan)
     progress = run.progress  # step, epoch, batch, …: what a checkpoint holds besides tensors

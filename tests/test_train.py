@@ -138,6 +138,18 @@ def test_the_best_epoch_is_kept(pictures, tmp_path):
     assert len(set(digests)) == 6 and digests[best - 1] == header["sha256"]
 
 
+def test_what_is_measured_without_test_images(tmp_path, make_folder, capsys):
+    """Validation images are named as such, and as what the weights were chosen by only if so."""
+    folder = make_folder(tmp_path / "pictures", {"train": 8, "val": 4})
+    for keep, chosen in (("best", True), ("last", False)):
+        fit(folder, tmp_path / keep, "--keep", keep)
+        capsys.readouterr()
+        assert call(measure.main, "--weights", tmp_path / keep, "--workers", "0") == 0
+        said = capsys.readouterr().out
+        assert "these are the validation images" in said
+        assert ("by which the weights were chosen" in said) == chosen
+
+
 def test_without_validation_the_last_weights_are_kept(pictures, tmp_path):
     """--val 0 trains to the end and keeps what the last epoch left."""
     _, header, metrics = fit(pictures, tmp_path / "run", "--val", "0", "--epochs", "3")
@@ -160,11 +172,11 @@ def test_what_tensorboard_shows(pictures, tmp_path):
     events.Reload()
     for tag in ("loss/train", "lr"):
         steps = [event.step for event in events.Scalars(tag)]
-        assert steps == [2, 4, 5, 6, 8, 10]  # of 26 images in fives, the last one is dropped
+        assert steps == [2, 4, 6, 8, 10, 12]  # 26 images in fives: the last batch has one
     epochs = {"accuracy/train", "accuracy/val", "loss/val", "metrics/val_f1"}
     epochs.add("speed/images_per_second")
     for tag in epochs:
-        assert [event.step for event in events.Scalars(tag)] == [5, 10]
+        assert [event.step for event in events.Scalars(tag)] == [6, 12]
     tags = {tag for tag in events.Tags()["scalars"] if not tag.startswith("result/")}
     assert tags == epochs | {"loss/train", "lr"}
     assert events.Images("training_images")[0].width > 100

@@ -84,11 +84,14 @@ def figures_table(result: dict, classes: list[str]) -> str:
     whole = {"images": result["images"], "accuracy": result["top1"], **means}
     lines = [f"{'class':{width}}  images  accuracy  precision  recall      F1"]
     for name, row in zip([*classes, "all"], [*result["per_class"], whole], strict=True):
-        lines.append(
-            f"{name:{width}}  {row['images']:6,}  {row['accuracy']:8.2%}  {row['precision']:9.2%}  "
-            f"{row['recall']:6.2%}  {row['f1']:6.2%}"
-        )
-    return "\n".join(lines) + "   (macro means)"
+        line = f"{name:{width}}  {row['images']:6,}"
+        for key, room in (("accuracy", 8), ("precision", 9), ("recall", 6), ("f1", 6)):
+            share = "–" if row[key] is None else f"{row[key]:.2%}"
+            line += f"  {share:>{room}}"
+        lines.append(line)
+    met = sum(row["images"] > 0 for row in result["per_class"])
+    some = f" of the {met} classes with images" if met < len(classes) else ""
+    return "\n".join(lines) + f"   (macro means{some})"
 
 
 def summary(result: dict, name: str) -> str:

@@ -14,7 +14,7 @@ from lenslet.files import sync_folder, write_to_disk
 from lenslet.weights import storable
 
 FORMAT = "lenslet-checkpoint"
-VERSION = "4"
+VERSION = "5"
 
 
 def save_checkpoint(

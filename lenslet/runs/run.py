@@ -90,10 +90,8 @@ class Run:
     better.  board: its TensorBoard log, which does nothing but on the main process.
     """
 
-    def __init__(
-        self, args, found: Found, header: dict, inputs, net: Net, meter: Meter, plan: Plan
-    ):
-        """header: of the weights to write.  inputs: see build.Inputs.  Restores net and meter."""
+    def __init__(self, args, found, header: dict, inputs, net: Net, meter: Meter, plan: Plan):
+        """See find_run() and build.Inputs; header: of the weights.  Restores net and meter."""
         self._args, self._inputs, self._plan = args, inputs, plan
         self._accelerator = accelerator = inputs.accelerator
         self._main = accelerator.is_main_process
@@ -175,17 +173,20 @@ class Run:
         return interrupts.agree(self._main and time.perf_counter() - self._saved_at > every)
 
     def log(self, meter: Meter, epoch_ends: bool) -> None:
-        """Check the loss; at the end of an epoch and every --log-every steps, log its mean.
+        """Check the objective; at the end of an epoch and every --log-every steps, log the means.
 
-        Here the CPU waits for the GPU.  Errors: UserError if the loss is not finite.
+        Here the CPU waits for the GPU.  Errors: UserError if the objective is not finite.
         """
-        progress, (loss, hits, finite) = self.progress, meter.read()
-        if not math.isfinite(loss):
-            self._give_up(loss, progress.logged + finite + 1, meter)
+        progress, (objective, loss, hits, finite) = self.progress, meter.read()
+        if not math.isfinite(objective):
+            self._give_up(objective, progress.logged + finite + 1, meter)
         if epoch_ends or progress.step % self._args.log_every == 0:
-            self.board.add("scalar", "loss/train", loss / progress.images, progress.step)
-            self.board.add("scalar", "lr", progress.lr, progress.step)
-            meter.add_to_epoch(loss, hits, progress.images)
+            add = partial(self.board.add, "scalar")
+            add("lr", progress.lr, progress.step)
+            add("loss/train", loss / progress.images, progress.step)
+            if meter.objective:
+                add("loss/objective", objective / progress.images, progress.step)
+            meter.add_to_epoch(objective, loss, hits, progress.images)
             progress.images, progress.logged = 0, progress.step
         if epoch_ends:
             progress.train_seconds = time.perf_counter() - self._began
@@ -225,19 +226,18 @@ class Run:
             point_latest(self.folder)
         left = 0 if progress.ended else self._plan.total - progress.step
         left *= progress.seconds / progress.step
-        line = summary.epoch_line(record, self._of_epochs, left, args.metric)
+        line = summary.epoch_line(record, self._of_epochs, left, args.metric, meter.objective)
         self._accelerator.print(line)
 
     def _record(self, net: Net, meter: Meter, validated: Tensor | None) -> dict:
         """The figures of the epoch, as metrics.json has them."""
-        progress, (loss, hits, images) = self.progress, meter.sums.unbind()
+        progress = self.progress
         record = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
-            "train_loss": (loss / images).item(),
-            "train_accuracy": (hits / images).item(),
+            **meter.figures(),
             "lr": progress.lr,
-            "images_per_second": images.item() / progress.epoch_seconds,
+            "images_per_second": meter.sums[-1].item() / progress.epoch_seconds,
             "seconds": progress.epoch_seconds,
             "weights_sha256": digest(net.evaluated.state_dict()),
         }

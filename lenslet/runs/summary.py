@@ -12,13 +12,17 @@ from lenslet.files import shown
 from lenslet.grid import draw_grid
 
 
-def epoch_line(record: dict, epochs: str, left: float, metric: str | None) -> str:
-    """An epoch's line on the console; metric: by which the best one is chosen."""
+def epoch_line(record: dict, epochs: str, left: float, metric: str | None, objective="") -> str:
+    """An epoch's line on the console; metric: by which the best one is chosen; objective: the name
+    of what was minimized, where that is not the loss.
+    """
     line = f"epoch {record['epoch']}{epochs}"
     for split in ("train", "val"):
         if f"{split}_loss" in record:
-            loss, accuracy = record[f"{split}_loss"], record[f"{split}_accuracy"]
-            line += f"  {split} loss {loss:.4f} accuracy {accuracy:.2%}"
+            line += f"  {split} loss {record[f'{split}_loss']:.4f}"
+            if objective and split == "train":
+                line += f" ({objective} {record['train_objective']:.4f})"
+            line += f" accuracy {record[f'{split}_accuracy']:.2%}"
     if metric == "f1":
         line += f" f1 {record['val_f1']:.2%}"
     line += f"  lr {record['lr']:.2g}  {record['images_per_second']:,.0f} images/s"

@@ -128,6 +128,17 @@ class Objective:
         self.weights = (weights / weights.mean()).clamp(min=1e-12)
         self.teacher, self.share, self.temperature = teacher, share, temperature
 
+    @property
+    def name(self) -> str:
+        """What to call it beside the cross-entropy of the images; '' where it is nothing else."""
+        changes = {
+            "distilled": self.teacher,
+            "weighted": len(self.weights.unique()) > 1,
+            "smoothed": self.smoothing,
+        }
+        words = [word for word, changed in changes.items() if changed]
+        return " ".join([*words, self.loss]) if words or self.loss != "cross-entropy" else ""
+
     def targets(self, labels: Tensor, index: Tensor) -> Tensor:
         """Each image's weight at its class, float [B, C]; labels, index int64 [B].
 

@@ -6,6 +6,7 @@ import math
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lenslet.errors import OutsideError, UserError
 
@@ -13,22 +14,31 @@ from lenslet.errors import OutsideError, UserError
 class Meter:
     """Counts on the device, without waiting for it; read() waits.
 
-    recent float [3]: this process's summed loss, correct answers, and steps with a finite loss,
-    since the last add_to_epoch().  sums float [3]: loss, correct answers and images of the epoch
-    up to then, over all processes.
+    The loss that is reported is the cross-entropy, as in validation, so that the two can be
+    compared; what is minimized, where that is another quantity, is counted beside it.
+
+    recent float [4]: this process's sums of the objective, of the cross-entropy, of correct answers
+    and of steps with a finite objective, since the last add_to_epoch().  sums float [4]: objective,
+    cross-entropy, correct answers and images of the epoch up to then, over all processes.
     """
 
-    def __init__(self, accelerator: Accelerator, every: int):
-        """every: steps between two points of the loss curve."""
-        self._accelerator, self._every = accelerator, every
-        self.recent, self.sums = torch.zeros(3, device=accelerator.device), torch.zeros(3)
+    def __init__(self, accelerator: Accelerator, every: int, objective: str = ""):
+        """every: steps between two points of the loss curve.  objective: see Objective.name."""
+        self._accelerator, self._every, self.objective = accelerator, every, objective
+        self.recent, self.sums = torch.zeros(4, device=accelerator.device), torch.zeros(4)
         self.gradient = None  # the layer with the largest gradient, its norm and the step
 
     @torch.no_grad()
-    def add(self, loss: Tensor, logits: Tensor, targets: Tensor, counts: bool) -> None:
-        """Count a part of a batch: summed loss, logits [B, C], targets [B, C]; unless repeated."""
+    def add(self, objective: Tensor, logits: Tensor, targets: Tensor, counts: bool) -> None:
+        """Count a part of a batch, unless it repeats another process's.
+
+        objective: summed over the images; logits [B, C]; targets [B, C], each image's shares of the
+        classes times its weight.
+        """
+        shares = targets / targets.sum(1, keepdim=True)
+        loss = F.cross_entropy(logits, shares, reduction="sum")
         hits = (logits.argmax(1) == targets.argmax(1)).sum()
-        self.recent[:2] += torch.stack([loss, hits]) * counts
+        self.recent[:3] += torch.stack([objective, loss, hits]) * counts
 
     def end_step(self, network: nn.Module, step: int) -> bool:
         """Note a step, counted from 0, before the optimizer uses its gradients.
@@ -36,23 +46,29 @@ class Meter:
         Returns whether to read() after it: every so many steps, and after each of the first ones,
         where a learning rate that is too high shows.
         """
-        self.recent[2] += self.recent[0].isfinite()
+        self.recent[3] += self.recent[0].isfinite()
         due = self.gradient is None or step < self._every or (step + 1) % self._every == 0
         if due:
             self.gradient = largest_gradient(network, step + 1, self.gradient)
         return due
 
-    def read(self) -> tuple[float, float, int]:
-        """Loss, correct answers and steps with a finite loss since the last reset, over all
-        processes.  Here the CPU waits for the device.
+    def read(self) -> tuple[float, float, float, int]:
+        """Objective, cross-entropy, correct answers and steps with a finite objective since the
+        last reset, over all processes.  Here the CPU waits for the device.
         """
-        loss, hits, finite = self._accelerator.reduce(self.recent).tolist()
-        return loss, hits, int(finite / self._accelerator.num_processes)
+        *sums, finite = self._accelerator.reduce(self.recent).tolist()
+        return *sums, int(finite / self._accelerator.num_processes)
 
-    def add_to_epoch(self, loss: float, hits: float, images: int) -> None:
+    def add_to_epoch(self, objective: float, loss: float, hits: float, images: int) -> None:
         """Add what was read to the sums of the epoch, and start counting anew."""
-        self.sums += torch.tensor([loss, hits, images])
+        self.sums += torch.tensor([objective, loss, hits, images])
         self.recent.zero_()
+
+    def figures(self) -> dict[str, float]:
+        """The means of the epoch so far, as metrics.json has them."""
+        objective, loss, hits = (self.sums[:3] / self.sums[3]).tolist()
+        beside = {"train_objective": objective} if self.objective else {}
+        return {"train_loss": loss, **beside, "train_accuracy": hits}
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint; every process calls this."""

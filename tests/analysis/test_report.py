@@ -111,6 +111,21 @@ def test_table_and_summary():
     assert summary(result, "val") == "val accuracy 66.67%, top-5 100.00%, loss 0.5333, 3 images"
 
 
+def test_classes_without_images():
+    """A class of which the split has no images is told apart from one that is never right, and
+    counts in no mean.
+    """
+    # index, label, predicted, in_top5, probability, loss: of three classes, two have images
+    rows = torch.tensor([[0, 0, 0, 1, 0.9, 0.1], [1, 2, 1, 1, 0.5, 1.0]], dtype=torch.float64)
+    result = figures(rows, 3)
+    said = figures_table(result, ["ants", "bees", "wasps"]).splitlines()
+    assert said[2].split() == ["bees", "0", "–", "–", "–", "–"]
+    assert said[3].split() == ["wasps", "1", "0.00%", "0.00%", "0.00%", "0.00%"]
+    assert "50.00%" in said[4] and "of the 2 classes with images" in said[4]
+    assert result["macro_recall"] == 0.5
+    assert json.loads(json.dumps(result))["per_class"][1]["recall"] is None
+
+
 @pytest.mark.parametrize("size", [(8, 8), (90, 70)])
 def test_write_report(make_folder, tmp_path, size):
     """report/ and samples/ of small images and of photographs; old samples go."""

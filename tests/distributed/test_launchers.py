@@ -12,7 +12,9 @@ from lenslet.errors import UserError
 def unlaunched(monkeypatch):
     """The environment of a shell, with nothing of a launcher's in it."""
     for name in list(os.environ):
-        if name.startswith(("ACCELERATE_", "SLURM_", "OMPI_", "PMI_", "MV2_", "WORLD_SIZE", "RANK")):
+        if name.startswith(
+            ("ACCELERATE_", "SLURM_", "OMPI_", "PMI_", "MV2_", "WORLD_SIZE", "RANK")
+        ):
             monkeypatch.delenv(name)
 
 

@@ -274,7 +274,7 @@ def test_a_checkpoint_of_an_older_version(command, undisturbed, tmp_path, monkey
     assert call(*command) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "cannot be used" in line]
     assert len(lines) == 1 and lines[0].startswith(f"{path} cannot be used (")
-    assert "3, not 4" in lines[0] and "new run" in lines[0]
+    assert "3, not 5" in lines[0] and "new run" in lines[0]
     assert outcome(tmp_path / "run-2") == undisturbed
     assert (run / "model.safetensors").read_bytes() == before
     capsys.readouterr()

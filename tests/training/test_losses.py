@@ -75,6 +75,23 @@ def test_gradients_of_each(name):
     assert torch.autograd.gradcheck(lambda x: objective(x, targets, None), logits)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({}, ""),
+        ({"smoothing": 0.1}, "smoothed cross-entropy"),
+        ({"loss": "focal:2"}, "focal:2"),
+        ({"loss": "bce", "smoothing": 0.1}, "smoothed bce"),
+        ({"weights": torch.tensor([1.0, 2.0])}, "weighted cross-entropy"),
+        ({"teacher": len}, "distilled cross-entropy"),
+    ],
+)
+def test_name(arguments, name):
+    """What is minimized has a name wherever it is not the cross-entropy of the images."""
+    defaults = {"loss": "cross-entropy", "classes": 3, "weights": torch.ones(2)}
+    assert Objective(**defaults | arguments).name == name
+
+
 def test_class_weights():
     """balanced is scikit-learn's; a list is taken in the order of the classes, and counted."""
     labels = np.array([0] * 50 + [1] * 3 + [2] * 7)

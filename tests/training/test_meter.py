@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lenslet.errors import OutsideError, UserError
 from lenslet.training.meter import Meter, diverged, explain_errors, largest_gradient
@@ -25,8 +26,8 @@ class Processes(SimpleNamespace):
         return tensor.repeat(self.num_processes, 1)
 
 
-def meter(every=2, world=1, rank=0):
-    return Meter(Processes(num_processes=world, process_index=rank), every)
+def meter(every=2, world=1, rank=0, objective=""):
+    return Meter(Processes(num_processes=world, process_index=rank), every, objective)
 
 
 def network(**gradients):
@@ -39,19 +40,37 @@ def network(**gradients):
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_sums(world):
-    """Loss and correct answers of all parts and processes; steps are counted once, repeated
-    images not at all.
+    """Objective, cross-entropy and correct answers of all parts and processes; steps are counted
+    once, repeated images not at all.
     """
     counted = meter(world=world)
     for step in range(3):
         counted.add(torch.tensor(0.5), LOGITS, TARGETS, counts=True)
         counted.add(torch.tensor(1.5), LOGITS, TARGETS, counts=False)
         counted.end_step(network(a=1.0), step)
-    assert counted.read() == counted.read() == (1.5 * world, 6 * world, 3)
-    counted.add_to_epoch(1.5, 6, 9)
-    assert counted.read() == (0, 0, 0)
-    counted.add_to_epoch(0.5, 1, 3)
-    assert counted.sums.tolist() == [2, 7, 12]
+    loss = F.cross_entropy(LOGITS, TARGETS, reduction="sum").item()  # whatever was minimized
+    expected = 1.5 * world, pytest.approx(3 * loss * world), 6 * world, 3
+    assert counted.read() == counted.read() == expected
+    counted.add_to_epoch(1.5, 2.0, 6, 9)
+    assert counted.read() == (0, 0, 0, 0)
+    counted.add_to_epoch(0.5, 1.0, 1, 3)
+    assert counted.sums.tolist() == [2, 3, 7, 12]
+
+
+def test_figures():
+    """An epoch's means are per image; the objective's is there if it is another than the loss."""
+    for name, beside in (("", {}), ("focal:2", {"train_objective": 0.5})):
+        counted = meter(objective=name)
+        counted.add_to_epoch(2.0, 3.0, 1, 4)
+        assert counted.figures() == {"train_loss": 0.75, "train_accuracy": 0.25} | beside
+
+
+def test_weights_change_no_loss():
+    """The cross-entropy is that of the images, whatever they weigh in the objective."""
+    plain, weighted = meter(), meter()
+    plain.add(torch.tensor(1.0), LOGITS, TARGETS, counts=True)
+    weighted.add(torch.tensor(1.0), LOGITS, 3 * TARGETS, counts=True)
+    assert plain.read()[1] == pytest.approx(weighted.read()[1])
 
 
 def test_steps_until_the_loss_is_not_finite():
@@ -60,7 +79,7 @@ def test_steps_until_the_loss_is_not_finite():
     for step, loss in enumerate((1.0, 2.0, float("nan"), 1.0, float("inf"))):
         counted.add(torch.tensor(loss), LOGITS, TARGETS, counts=True)
         counted.end_step(network(a=1.0), step)
-    loss, _, finite = counted.read()
+    loss, *_, finite = counted.read()
     assert loss != loss and finite == 2
 
 
@@ -80,16 +99,17 @@ def test_state(before, after):
     counted = meter(world=before)
     counted.add(torch.tensor(1.5), LOGITS, TARGETS, counts=True)
     counted.end_step(network(a=1.0), 0)
-    counted.add_to_epoch(0.5, 1, 3)
+    counted.add_to_epoch(0.5, 0.25, 1, 3)
     counted.add(torch.tensor(2.5), LOGITS, TARGETS, counts=True)
     state = counted.state()
-    total = torch.zeros(3)
+    total = torch.zeros(4)
     for rank in range(after):
         other = meter(world=after, rank=rank)
         other.load_state(state)
-        assert other.sums.tolist() == [0.5, 1, 3]
+        assert other.sums.tolist() == [0.5, 0.25, 1, 3]
         total += other.recent
-    assert total.tolist() == [2.5 * before, 2 * before, 0]
+    loss = F.cross_entropy(LOGITS, TARGETS, reduction="sum").item()
+    assert total.tolist() == [2.5 * before, pytest.approx(loss * before), 2 * before, 0]
 
 
 def test_largest_gradient():
