@@ -233,6 +233,36 @@ def test_two_processes_stop_together(clone, make_folder):
     assert "Traceback" not in before_its_report
 
 
+def test_machines_with_other_images(clone, make_folder):
+    """Processes that find other images at one path do not train together; one line says where."""
+    make_folder(clone / "here", {"train": 6})
+    make_folder(clone / "there", {"train": 6}, size=(12, 11))
+    broken = make_folder(clone / "broken", {"train": 6}) / "train" / "bees" / "0.png"
+    broken.write_bytes(b"")
+    for folder, named in (
+        ("there", "other images on host-1 than on the first machine"),
+        ("broken", "on host-1: 1 of 12 images cannot be read"),
+    ):
+        program = f"""
+import os, platform, sys
+from pathlib import Path
+import _root
+import train
+from lenslet import errors
+from lenslet.data import load
+
+rank = int(os.environ["RANK"])
+platform.node = lambda: f"host-{{rank}}"
+folder = Path({str(clone)!r}, ["here", "{folder}"][rank])
+load.find_folder = lambda name: folder
+words = ["--data", "here/", "--model", "lenet", "--workers", "0"]
+sys.exit(errors.run_main(train.main, words))
+"""
+        said = together.programs(2, clone, program, status=2)
+        assert said.count("error: ") == 1 and named in said and "Traceback" not in said
+        assert not list((clone / "runs").glob("here*"))
+
+
 def test_broken_test_images_are_skipped_to_the_end(clone, make_folder):
     """ARGS=--skip-broken holds for the whole of make train; a name with a space is no obstacle."""
     folder = make_folder(clone / "with space", {"train": 6, "test": 3}, size=(16, 16))

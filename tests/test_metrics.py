@@ -27,7 +27,7 @@ def rows_of(logits, labels):
     [(10, 10, 10), (3, 3, 3), (2, 2, 2), (7, 4, 7), (7, 7, 4), (12, 5, 3), (6, 1, 1)],
 )
 def test_figures(classes, met, claimed):
-    """All figures are scikit-learn's; a class never predicted counts 0, one never met not at all."""
+    """All figures are scikit-learn's; a class never predicted has 0, one never met is left out."""
     generator = torch.Generator().manual_seed(classes * met)
     labels = torch.randint(0, met, (200,), generator=generator)
     logits = torch.randn(200, classes, generator=generator)
