@@ -179,6 +179,24 @@ def test_processes_count_and_train_like_one(clone, make_folder):
         assert torch.equal(tensor, tensors["launched"][name])  # and on all cores: same bits
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [30, 64])
+def test_a_step_on_any_number_of_processes(clone, batch):
+    """One to eight processes end a step with one process's weights, whether they divide the batch
+    or not.
+    """
+    tensors = {}
+    for world in range(1, 9):
+        run = clone / "runs" / f"step-{batch}-{world}"
+        words = f"--data digits --limit {batch} --batch-size {batch} --epochs 1 --val 0"
+        words += f" --precision no --optimizer sgd --lr 0.5 --output {run}"
+        together.scripts(world, clone, "train", words.split())
+        tensors[world] = weights.read(run / "model.safetensors")[0]
+        assert json.loads((run / "metrics.json").read_text())["epochs"][0]["step"] == 1
+        for name, tensor in tensors[1].items():
+            torch.testing.assert_close(tensors[world][name], tensor, rtol=0, atol=1e-5)
+
+
 def test_from_any_folder(clone, tmp_path):
     """The scripts find the repository's runs and data wherever they are called from."""
     python = clone / ".venv" / "bin" / "python"
