@@ -29,6 +29,7 @@ from lenslet.errors import UserError, error_context
 from lenslet.metrics import figures, score
 from lenslet.runs import checkpoint, summary
 from lenslet.runs.folder import Found, claim, is_finished, point_latest, resume
+from lenslet.runs.saving import RunFiles
 from lenslet.runs.tensorboard import TensorBoard
 from lenslet.training import options
 from lenslet.training.clock import Plan
@@ -108,12 +109,7 @@ class Run:
         validated = self.progress.history if inputs.val_loader else []
         self.scores = [score(record, args.metric) for record in validated]
         self.board = TensorBoard(self.folder if self._main else None, self.progress.step)
-        self._weights = self._written = None  # the best so far, as a file; and what is on the disk
-        self._pending = {}  # other files to write with the next checkpoint: {path: content}
-        self._checkpoint = newest = found.checkpoint
-        if self._main and newest and (newest / "model.safetensors").exists():
-            self._weights = self._written = (newest / "model.safetensors").read_bytes()
-            files.atomic_write(self.folder / "model.safetensors", self._weights)
+        self._files = RunFiles(self.folder, found.checkpoint) if self._main else None
         self._save_every, self._saved_at = steps_or_time(args.save_every), time.perf_counter()
         self._of_epochs = "" if args.time or args.plan else f"/{args.epochs}"  # else by the clock
         notes = [*inputs.data.notes, *([] if found.saved else inputs.notes), *notes]
@@ -195,7 +191,8 @@ class Run:
         """End a run whose loss is not finite since step `step`."""
         where = f"epoch {self.progress.epoch + 1} at step {step}, lr {self.progress.lr:.2g}"
         good = self.folder / "model.safetensors"
-        kept = f"the last good weights are in {good}" if self._written else "no weights were saved"
+        saved = self._main and self._files.kept
+        kept = f"the last good weights are in {good}" if saved else "no weights were saved"
         remedy = options.REMEDIES["exploding"]
         raise UserError(f"{diverged(loss, where, meter.gradient)}: {remedy}; {kept}")
 
@@ -263,18 +260,18 @@ class Run:
         header = self._header | epoch | {"plan": progress.marks}
         weights = encode(net.evaluated.state_dict(), header)
         if better:
-            self._weights = weights
+            self._files.weights = weights
+        pending = self._files.pending
         if self._args.keep == "all":
             name = f"epoch-{progress.epoch:03d}.safetensors"
-            self._pending[self.folder / "epochs" / name] = weights
-        self._pending[self.folder / "metrics.json"] = summary.metrics_json(progress, finished=False)
+            pending[self.folder / "epochs" / name] = weights
+        pending[self.folder / "metrics.json"] = summary.metrics_json(progress, finished=False)
         self.board.add_epoch(record, progress.step)
 
     def save(self, net: Net, meter: Meter, last: bool = False) -> None:
-        """Write what is pending, a checkpoint and, if new, the best weights, in this order.
+        """Write a checkpoint and what is pending, see RunFiles.write().  Every process calls this.
 
-        If that fails, training continues with a line on the console and the checkpoint before,
-        unless this was the last chance: then OSError.  Every process calls this.
+        last: there is no later chance, so that a full disk ends the run.  Errors: OutsideError.
         """
         self.progress.seconds = time.perf_counter() - self._began
         content = {
@@ -284,27 +281,13 @@ class Run:
             "environment": environment(self._accelerator.mixed_precision),
             **net.state(),
         }
-        from_main_process(self._accelerator, lambda: self._write(content, last))
-        self._saved_at = time.perf_counter()
 
-    def _write(self, content: dict, last: bool) -> None:
-        step = self.progress.step
-        self.board.flush(step)
-        try:
-            for path in list(self._pending):
-                path.parent.mkdir(exist_ok=True)
-                files.atomic_write(path, self._pending[path])
-                del self._pending[path]
-            self._checkpoint = checkpoint.save_checkpoint(
-                self.folder / "checkpoint", step, content, self._weights, self._checkpoint
-            )
-            if self._weights is not self._written:
-                files.atomic_write(self.folder / "model.safetensors", self._weights)
-                self._written = self._weights
-        except OSError as error:
-            if last:
-                raise
-            print(f"step {step} could not be saved ({error.strerror}); training continues")
+        def write():
+            self.board.flush(self.progress.step)
+            self._files.write(self.progress.step, content, last)
+
+        from_main_process(self._accelerator, write)
+        self._saved_at = time.perf_counter()
 
     def _restore(self, saved: dict, net: Net, meter: Meter) -> list[str]:
         """Put a checkpoint into net and meter; what the user should know of it.

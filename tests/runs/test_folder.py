@@ -14,7 +14,7 @@ from lenslet import files
 from lenslet.errors import UserError
 from lenslet.files import Locked
 from lenslet.runs import folder as run_folder
-from lenslet.runs.checkpoint import save_checkpoint
+from lenslet.runs.checkpoint import VERSION, save_checkpoint
 from lenslet.runs.folder import (
     claim,
     is_finished,
@@ -422,17 +422,17 @@ def test_the_newest_checkpoint_of_an_older_version(tmp_path):
     """
     newest = begin(tmp_path / "a")
     manifest = json.loads((newest / "manifest.json").read_text())
-    assert manifest["version"] == "4"
+    assert manifest["version"] == VERSION
     (newest / "manifest.json").write_text(json.dumps(manifest | {"version": "3"}))
     run, checkpoint, (note,) = claim(tmp_path / "a", alike)
     assert (run, checkpoint) == (tmp_path / "a", None)
-    reason = "of another version of this code: 3, not 4"
+    reason = "of another version of this code: 3, not 5"
     assert note == f"{newest} cannot be used ({reason})"
     (tmp_path / "a" / "model.safetensors").touch()
     run, checkpoint, (note,) = claim(tmp_path / "a", alike)
     assert (run, checkpoint) == (tmp_path / "a-2", None)
     assert reason in note and "new run" in note
-    with pytest.raises(UserError, match="3, not 4"):
+    with pytest.raises(UserError, match="3, not 5"):
         resume(tmp_path / "a", alike)
 
 

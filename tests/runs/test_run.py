@@ -23,6 +23,7 @@ from lenslet.distributed import interrupts
 from lenslet.runs import checkpoint
 from lenslet.runs.run import Progress, Run
 from lenslet.training import build, clock, losses
+from lenslet.training.net import Net
 
 TINY = ["--model", "lenet", "--epochs", "3", "--batch-size", "8", "--workers", "0"]
 TINY += ["--precision", "no", "--augment", "standard", "--log-every", "3"]  # 12 steps in all
@@ -228,21 +229,42 @@ def test_full_disk(command, undisturbed, tmp_path, monkeypatch, capsys):
         at_call(patch, 2, checkpoint, "save_checkpoint", full)
         assert call(*command) == 0
     said = capsys.readouterr()
-    line = "step 8 could not be saved (No space left on device); training continues"
-    assert said.out.splitlines().count(line) == 1 and not said.err
+    line = (
+        "step 8: the checkpoint could not be saved (No space left on device), but the weights are "
+    )
+    (found,) = [said for said in said.out.splitlines() if said.startswith(line)]
+    assert found.endswith("/model.safetensors; training continues")
     assert outcome(tmp_path / "run") == undisturbed
 
 
 def test_full_disk_at_the_end(command, undisturbed, tmp_path, monkeypatch, capsys):
-    """Where the last save fails, so does the run, in one line; with room again it goes on."""
+    """Where the last save fails, so does the run, in one line; the weights are there if they fit,
+    and with room again the run goes on.
+    """
     with monkeypatch.context() as patch:
         at_call(patch, 3, checkpoint, "save_checkpoint", full)
         assert call(*command) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "No space left" in error
-    assert len(error.splitlines()) == 1
+    assert error.startswith("error: the checkpoint could not be saved (No space left on device)")
+    assert len(error.splitlines()) == 1 and "but the weights are in " in error
+    _, header = weights.read(tmp_path / "run" / "model.safetensors")
+    assert len(header["digests"]) == 3  # of the last epoch
     assert call(*command) == 0
     assert outcome(tmp_path / "run") == undisturbed
+
+
+def test_a_run_that_is_moved(command, undisturbed, monkeypatch, tmp_path, capsys):
+    """A run whose folder goes away ends with an error, leaves no half of a run in its place, and
+    goes on where it was moved to.
+    """
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    with monkeypatch.context() as patch:
+        at_call(patch, 2, Net, "state", lambda: run.rename(elsewhere))
+        assert call(*command) == 1
+    assert "was moved or deleted" in capsys.readouterr().err
+    assert not run.exists()
+    assert call("--resume", elsewhere) == 0
+    assert outcome(elsewhere) == undisturbed
 
 
 def test_damaged_checkpoint(command, undisturbed, tmp_path, monkeypatch, capsys):
