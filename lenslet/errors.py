@@ -7,6 +7,7 @@ status: 2 for what the user can mend, 1 for causes outside.
 import contextlib
 import difflib
 import os
+import signal
 import sys
 
 
@@ -36,6 +37,9 @@ def run_main(main, argv=None) -> int:
 
     main may return an exit status of its own.
     """
+    if argv is None:  # a command, and not a caller in Python
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, _interrupt)
     for stream in (sys.stdout, sys.stderr):  # file names need not be UTF-8
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="surrogateescape", line_buffering=True)
@@ -56,8 +60,23 @@ def run_main(main, argv=None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+            raise
+        print("error: out of memory: try a smaller batch or image size", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
+
+
+def _interrupt(number, frame) -> None:
+    """Ctrl-C: at once while modules are imported, which may not survive an exception."""
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _drop_output() -> None:

@@ -1,9 +1,11 @@
 """Every known failure is one line on standard error and an exit status; a bug stays a traceback."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from lenslet import errors, files
 from lenslet.errors import OutsideError, UserError, error_context, nearest
@@ -16,7 +18,13 @@ from lenslet.errors import OutsideError, UserError, error_context, nearest
         (OutsideError("no network"), 1, "error: no network\n"),
         (OSError(28, "No space left", "runs/a"), 1, "error: runs/a: No space left\n"),
         (OSError("no route"), 1, "error: no route\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (MemoryError(), 1, "error: out of memory: try a smaller batch or image size\n"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            1,
+            "error: out of memory: try a smaller batch or image size\n",
+        ),
     ],
 )
 def test_known_failures(capsys, monkeypatch, error, status, line):
@@ -26,15 +34,16 @@ def test_known_failures(capsys, monkeypatch, error, status, line):
     def main(argv):
         raise error
 
-    assert errors.run_main(main) == status
+    assert errors.run_main(main, []) == status
     assert capsys.readouterr() == ("", line)
 
 
 def test_statuses(capsys):
     """A command's own status is passed on, none is 0; a bug of ours keeps its traceback."""
-    assert [errors.run_main(lambda argv, status=s: status) for s in (None, 0, 1)] == [0, 0, 1]
-    with pytest.raises(AssertionError):
-        errors.run_main(lambda argv: (_ for _ in ()).throw(AssertionError()))
+    assert [errors.run_main(lambda argv, status=s: status, []) for s in (None, 0, 1)] == [0, 0, 1]
+    for bug in (AssertionError, RuntimeError):
+        with pytest.raises(bug):
+            errors.run_main(lambda argv, bug=bug: (_ for _ in ()).throw(bug()), [])
     assert capsys.readouterr() == ("", "")
 
 
@@ -92,3 +101,23 @@ def test_nearest():
     assert nearest("epoch", iter(known)) == " (did you mean epochs?)"
     assert nearest("ephocs", known) == " (did you mean epochs?)"
     assert nearest("xyz", known) == "" == nearest("a", [])
+
+
+def test_interrupted_import(tmp_path):
+    """Ctrl-C while modules are imported ends the command without a traceback."""
+    (tmp_path / "slow.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt as error:\n"
+        "    raise ImportError('as some libraries do') from error\n"
+    )
+    program = (
+        "import sys; from lenslet.errors import run_main\n"
+        "def main(argv):\n    import slow\n"
+        "sys.exit(run_main(main))\n"
+    )
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "PYTHONPATH": f"{files.ROOT}{os.pathsep}{tmp_path}"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")

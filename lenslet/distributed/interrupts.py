@@ -4,6 +4,7 @@ With several processes a decision is taken by all of them at the same step, and 
 dies the others say which, instead of waiting for it.
 """
 
+import contextlib
 import multiprocessing
 import os
 import platform
@@ -85,6 +86,8 @@ def ignore_signals(worker: int) -> None:
 
 def end_workers() -> None:
     """For the exit: Python would ask workers to end, by a signal that they ignore, and wait."""
+    with contextlib.suppress(AttributeError, ValueError):  # Windows; not in the main thread
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a killed worker
     for worker in multiprocessing.active_children():
         worker.kill()
 

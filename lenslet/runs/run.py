@@ -81,6 +81,8 @@ def find_run(args, accelerator: Accelerator) -> Found:
             raise UserError(f"{locked}: {remedy}") from None
 
     folder, newest, notes = from_main_process(accelerator, find)
+    if newest and (said := options.differences(folder, args, options.SAID)):
+        notes.append(f"{said}: the last bits may differ")
     return Found(folder, newest, checkpoint.load_checkpoint(newest) if newest else None, notes)
 
 

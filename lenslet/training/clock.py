@@ -98,13 +98,16 @@ def choose_width(trial, seconds: float, images: int) -> int:
 def measure_speed(network: torch.nn.Module, images, labels, accelerator: Accelerator) -> float:
     """Images per second that this process trains a network on; nothing is learned.
 
-    images [B, C, H, W] as it is fed them, labels [B].
+    images [B, C, H, W] as it is fed them, labels [B].  0 where they do not fit into a GPU's memory.
     """
     network.to(accelerator.device, memory_format=torch.channels_last)
-    for step in range(3):
-        if step == 1:  # libraries choose their kernels in the first one
-            began = device_time(accelerator.device)
-        with accelerator.autocast():
-            loss = torch.nn.functional.cross_entropy(network(images), labels)
-        loss.backward()
+    try:
+        for step in range(3):
+            if step == 1:  # libraries choose their kernels in the first one
+                began = device_time(accelerator.device)
+            with accelerator.autocast():
+                loss = torch.nn.functional.cross_entropy(network(images), labels)
+            loss.backward()
+    except torch.OutOfMemoryError:
+        return 0.0
     return 2 * len(labels) / (device_time(accelerator.device) - began)

@@ -137,7 +137,7 @@ class Net:
                 if torch.is_tensor(value) and p.ndim and value.shape == p.shape:
                     # In the memory layout of p: channels last.
                     values[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
-        if self._accelerator.scaler:
+        if self._accelerator.scaler and state["scaler"]:  # else a run in another precision goes on
             self._accelerator.scaler.load_state_dict(state["scaler"])
 
 

@@ -19,6 +19,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "adabelief", "ranger", "muon")  # the test
 MEMORIZED_AFTER = 200  # epochs that --overfit takes at most, unless --epochs says more
 # Options that change no bit of the weights: an interrupted run may go on with other values.
 FREE = {"output", "workers", "log_every", "save_every", "watch"}
+SAID = {"accumulate"}  # changes the last bits only; it may, for where memory was short
 # What to try when gradients go wrong, by the kinds of watch.judge().
 REMEDIES = {
     "infinite": "lower --lr, or set --clip",
@@ -329,15 +330,20 @@ def advice(args) -> tuple[str, str, str]:
     )
 
 
-def differences(run: Path, args) -> str:
-    """How a run's options differ from these in what its weights depend on; '' if they do not."""
+def differences(run: Path, args, among: set[str] | None = None) -> str:
+    """How a run's options differ from these in what its weights depend on; '' if they do not.
+
+    among: only these names, instead of all but those that an interrupted run may go on without.
+    """
     parser = build_parser()
     try:
         before = vars(cli.layered(parser, cli.read_config(parser, run / "options.yaml")))
     except UserError:
         return "its options.yaml cannot be read"
     now = cli.stored(args)
-    changed = [name for name in now if name not in FREE and before[name] != now[name]]
+    names = among or now.keys() - FREE - SAID
     return ", ".join(
-        f"--{name.replace('_', '-')} was {before[name]}, now {now[name]}" for name in changed
+        f"--{name.replace('_', '-')} was {before[name]}, now {now[name]}"
+        for name in now
+        if name in names and before[name] != now[name]
     )

@@ -342,6 +342,16 @@ def test_options_without_a_say(command, undisturbed, tmp_path, monkeypatch, caps
     assert outcome(tmp_path / "run")[:2] == undisturbed[:2]
 
 
+def test_another_accumulate(command, tmp_path, monkeypatch, capsys):
+    """A run that ran out of memory goes on with --accumulate, and says what that changes."""
+    interrupted(command, monkeypatch)
+    capsys.readouterr()
+    assert call(*command, "--accumulate", "2") == 0
+    said = capsys.readouterr().out
+    assert "--accumulate was 1, now 2: the last bits may differ" in said and "resuming" in said
+    assert not (tmp_path / "run-2").exists()
+
+
 @pytest.mark.parametrize("named", ["run", "run/checkpoint", "run/options.yaml"])
 def test_resume_by_name(command, undisturbed, tmp_path, monkeypatch, capsys, named):
     """--resume needs no other option, and once the run is finished changes nothing."""
