@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lenslet.training import clock
-from lenslet.training.clock import WIDTHS, Plan, choose_width
+from lenslet.training.clock import WIDTHS, Plan, choose_width, measure_speed
 
 
 def drive(seconds, step_seconds):
@@ -82,6 +82,17 @@ def test_measured_speed():
     assert speed == 2 * 8 / (12.0 - 10.0)
     assert shapes == [(8, 3, 2, 2)] * 3
     assert all(torch.equal(p, q) for p, q in zip(network.parameters(), before, strict=True))
+
+
+def test_too_wide_for_the_memory():
+    """A width that does not fit into memory has no speed, so that a narrower one is taken."""
+
+    class Large(nn.Linear):
+        def forward(self, images):
+            raise torch.OutOfMemoryError
+
+    accelerator = Accelerator(cpu=True)
+    assert measure_speed(Large(2, 2), torch.rand(4, 2), torch.zeros(4).long(), accelerator) == 0
 
 
 def test_wider_with_more_time():

@@ -319,6 +319,15 @@ def test_statistics_of_each_process_are_its_own():
         assert trained.bare.bn.running_mean.tolist() == [mean] * 4
 
 
+def test_the_state_of_another_precision():
+    """What was trained in bf16, without a scale of gradients, goes on in fp16 with a new one."""
+    state = distributed().state()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    later = distributed(Processes(num_processes=1, scaler=scaler))
+    later.load_state(state)
+    assert scaler.get_scale() == 8.0
+
+
 def test_the_state_of_another_network():
     """What does not fit is refused in a line that names no file."""
     for state in (distributed(classes=5).state(), distributed(optimizer="adamw").state()):
