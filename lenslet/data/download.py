@@ -7,37 +7,24 @@
 import contextlib
 import gzip
 import hashlib
-import http.client
 import io
 import itertools
+import os
 import queue
 import re
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 import zlib
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
+from lenslet.data import transfer
+from lenslet.data.transfer import Mismatch, Unavailable, limit, open_url, size_of
 from lenslet.errors import OutsideError, UserError, error_context
 
 FLOOR = 200_000  # bytes/s: a slower source is abandoned while another may be faster
-WINDOW = 10.0  # s over which that speed is measured
-STALL = 10.0  # s without a byte
 GRACE = 1.0  # s that the other sources have to answer once one has
-BAR = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}  # None: terminals only
-
-
-class Mismatch(UserError):
-    """Bytes that are not the ones expected; says what was found and what was expected."""
-
-
-class Unavailable(Exception):
-    """Why a source does not serve a file, in a few words."""
 
 
 def read_local(spec: dict, source: Path) -> dict[str, bytes]:
@@ -113,15 +100,20 @@ def download_file(url: str, folder: Path) -> Path:
     Errors: OutsideError naming the URL; OSError naming the part, when the disk is full.
     """
     file = re.split("[?#]", url)[0].rpartition("/")[2]
-    path = folder / f"{digest('sha256', url.encode())[:12]}-{file[-100:]}"
+    path = folder / f"{digest('sha256', os.fsencode(url))[:12]}-{file[-100:]}"
     part = path.with_name(f"{path.name}.part")
     if path.exists():
         return path
     problem = "not tried yet"
     while problem:
-        before = _size(part)
-        _, problem = _transfer(url, part, {}, 0)
-        if problem and _size(part) <= before:  # one that breaks off may bring more the next time
+        before = size_of(part)
+        try:
+            _, problem = transfer.append(url, part, {}, 0)
+        except Mismatch as error:
+            part.unlink()
+            raise OutsideError(f"{url}: {error}") from None
+        # One that breaks off may bring more the next time, if it brings anything to speak of.
+        if problem and size_of(part) - before < transfer.LEAST * transfer.WINDOW:
             raise OutsideError(f"{url}: {problem}; download it otherwise, and give the file")
     named = re.search(r"-([0-9a-f]{8,})\.", file)
     if named and not digest("sha256", part.read_bytes()).startswith(named[1]):
@@ -142,7 +134,7 @@ def _search(sources: list[str], file: str, checks: dict, patience: float) -> dic
     def ask(source):
         try:
             # Longer than the deadline below, which alone says that there was no answer.
-            _open(source + file, checks, 0, patience + GRACE)[0].close()
+            open_url(source + file, checks, 0, patience + GRACE)[0].close()
             replies.put((source, ""))
         except Unavailable as error:
             replies.put((source, str(error)))
@@ -169,8 +161,8 @@ def _fetch(file: str, checks: dict, problems: dict[str, str], folder: Path) -> b
     """The content of one archive, from the first source that sends all of it unaltered.
 
     One that is slow, stalls or breaks off is abandoned for the next, which resumes there.  The
-    next rounds, two in all and more while they bring something new, begin with the source that
-    was fastest and abandon none for being slow.  Errors: OutsideError when they bring nothing.
+    next rounds, two in all and more while they bring something to speak of, begin with the source
+    that was fastest and are more patient.  Errors: OutsideError when they bring nothing.
     """
     speeds = dict.fromkeys(problems, 0.0)  # bytes/s
     furthest = 0
@@ -182,13 +174,13 @@ def _fetch(file: str, checks: dict, problems: dict[str, str], folder: Path) -> b
             part = folder / f"{file}.part"
             if "unpacked_sha256" in checks:  # parts from different sources would not fit together
                 part = folder / f"{file}.{digest('sha256', source.encode())[:8]}.part"
-            start = _size(part)
+            start = size_of(part)
             if turn and speeds[source]:
-                minutes = (_limit(checks) - start) / speeds[source] / 60
+                minutes = (limit(checks) - start) / speeds[source] / 60
                 _report(file, source, f"about {minutes:.0f} min at {speeds[source] / 1e3:.0f} kB/s")
             try:
                 floor = 0 if turn else FLOOR
-                speeds[source], problem = _transfer(source + file, part, checks, floor)
+                speeds[source], problem = transfer.append(source + file, part, checks, floor)
                 if not problem:
                     content = unwrap(part.read_bytes(), checks)
                     part.replace(folder / file)
@@ -202,105 +194,9 @@ def _fetch(file: str, checks: dict, problems: dict[str, str], folder: Path) -> b
                     del speeds[source]
             problems[source] = problem
             _report(file, source, problem)
-            furthest = max(furthest, _size(part))
-        if not speeds or (turn and furthest <= before):
+            furthest = max(furthest, size_of(part))
+        if not speeds or (turn and furthest - before < transfer.LEAST * transfer.WINDOW):
             raise _exhausted(file, problems)
-
-
-def _transfer(url: str, part: Path, checks: dict, floor: float) -> tuple[float, str]:
-    """Append to part what it lacks; bytes/s, and the problem that ended it ('': part is complete).
-
-    Errors: Mismatch when more comes than the archive can have; OSError naming part.
-    """
-    start = have = _size(part)
-    if have == checks.get("size"):
-        return 0.0, ""
-    problem, began = "", time.monotonic()
-    try:
-        response, have, size = _open(url, checks, have, STALL)
-        start = have
-        bar = tqdm(initial=have, total=size, desc=url.rpartition("/")[2], **BAR)
-        with response, bar, open(part, "ab" if have else "wb") as out:
-            for chunk in _receive(response, floor):
-                out.write(chunk)
-                bar.update(len(chunk))
-                have += len(chunk)
-                if have > _limit(checks):
-                    raise Mismatch(f"more than {_limit(checks)} bytes")
-                if have == size:
-                    break
-        if size and have < size:
-            problem = f"cut off at {have} of {size} bytes"
-    except Unavailable as error:
-        problem = str(error)
-    except OSError as error:  # only the disk's: the network's have become Unavailable
-        error.filename = error.filename or str(part)
-        raise
-    return (have - start) / (time.monotonic() - began), problem
-
-
-def _receive(response, floor: float):
-    """The body in pieces.  Errors: Unavailable when it stalls, or a WINDOW is slower than floor."""
-    since, recent = time.monotonic(), 0
-    try:
-        while chunk := response.read1(1 << 16):  # what has arrived: read() would wait for all of it
-            yield chunk
-            recent += len(chunk)
-            elapsed = time.monotonic() - since
-            if elapsed >= WINDOW:
-                if recent < floor * elapsed:
-                    raise Unavailable(f"slower than {floor / 1e3:g} kB/s")
-                since, recent = time.monotonic(), 0
-    except (OSError, http.client.HTTPException) as error:
-        raise Unavailable(_reason(error)) from None
-
-
-class _NeverDowngrade(urllib.request.HTTPRedirectHandler):
-    """Follows a redirection, but not from https to http."""
-
-    def redirect_request(self, request, response, code, message, headers, url):
-        if request.type == "https" and urlsplit(url).scheme != "https":
-            raise urllib.error.URLError("redirects to an unencrypted address")
-        return super().redirect_request(request, response, code, message, headers, url)
-
-
-OPENER = urllib.request.build_opener(_NeverDowngrade)
-
-
-def _open(url: str, checks: dict, have: int, timeout: float):
-    """A response, the byte of the file that its body begins with (have or 0), the file's size.
-
-    The size is None where the server does not say.  Errors: Unavailable.
-    """
-    headers = {"User-Agent": "lenslet"} | ({"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = OPENER.open(urllib.request.Request(url, headers=headers), timeout=timeout)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if have and error.code == 416:  # the part is no beginning of this file
-            return _open(url, checks, 0, timeout)
-        raise Unavailable(f"answers {error.code} {error.reason}") from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise Unavailable(_reason(error)) from None
-    if response.status == 206:
-        first, _, size = response.headers.get("Content-Range", "").rpartition("/")
-        if have and not first.startswith(f"bytes {have}-"):
-            response.close()
-            return _open(url, checks, 0, timeout)
-    else:  # the whole file, whatever was asked for
-        have, size = 0, response.headers.get("Content-Length", "")
-    size = int(size) if size.isdigit() else checks.get("size")
-    if size != checks.get("size", size):
-        response.close()
-        raise Unavailable(f"has {size} bytes instead of {checks['size']}")
-    return response, have, size
-
-
-def _reason(error: Exception) -> str:
-    reason = getattr(error, "reason", error)  # urllib wraps what the socket said
-    if isinstance(reason, TimeoutError):
-        return "no byte in time"
-    return getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
 
 
 def _exhausted(file: str, problems: dict[str, str]) -> OutsideError:
@@ -311,12 +207,3 @@ def _exhausted(file: str, problems: dict[str, str]) -> OutsideError:
 
 def _report(file: str, source: str, text: str) -> None:
     print(f"{file}: {urlsplit(source).netloc}: {text}", file=sys.stderr, flush=True)
-
-
-def _limit(checks: dict) -> int:
-    """Bytes that an archive can have at most; gzip adds far less than a megabyte."""
-    return checks.get("size") or checks.get("unpacked_size", float("inf")) + 1_000_000
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0

@@ -29,7 +29,7 @@ from sklearn.datasets import load_digits
 import lenslet.files
 from lenslet import errors
 from lenslet.data import download as fetch
-from lenslet.data import sets
+from lenslet.data import sets, transfer
 from lenslet.errors import OutsideError, UserError
 
 COUNTS = {"train": 60, "test": 20}
@@ -187,8 +187,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def patient(monkeypatch, tmp_path):
     """A data folder of one's own, and limits that fit tiny archives."""
     monkeypatch.setattr(lenslet.files, "DATA", tmp_path / "data")
-    monkeypatch.setattr(fetch, "STALL", 0.4)
-    monkeypatch.setattr(fetch, "WINDOW", 0.3)
+    monkeypatch.setattr(transfer, "STALL", 0.4)
+    monkeypatch.setattr(transfer, "WINDOW", 0.3)
     monkeypatch.setattr(fetch, "FLOOR", 1_000_000)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
@@ -250,7 +250,7 @@ def test_on_disk_needs_no_network(serve, monkeypatch):
     folder = sets.ensure("tiny")
     with monkeypatch.context() as offline:
         offline.setattr(socket, "socket", None)
-        offline.setattr(fetch.OPENER, "open", None)
+        offline.setattr(transfer, "Watched", None)
         assert sets.ensure("tiny") == folder
     (folder / "test.safetensors").unlink()
     check(sets.ensure("tiny"))
@@ -394,14 +394,14 @@ def test_one_file(one_file, monkeypatch):
     server, url, folder = one_file
     path = fetch.download_file(url, folder)
     assert path.read_bytes() in server.files.values() and path.name.endswith("-" + url[-16:])
-    monkeypatch.setattr(fetch.OPENER, "open", None)
+    monkeypatch.setattr(transfer, "Watched", None)
     assert fetch.download_file(url, folder) == path
     assert list(folder.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("how", ["cut", "stall"])
 def test_one_file_goes_on(one_file, how):
-    """A line that breaks off or falls silent is asked again while it brings something.
+    """A line that breaks off or falls silent is asked again while it brings something to speak of.
 
     Until it is whole nothing has the final name, and a later call resumes where this one ended.
     """
@@ -419,7 +419,7 @@ def test_one_file_goes_on(one_file, how):
     have = part.stat().st_size
     assert fetch.download_file(url, folder).read_bytes() == body
     assert server.ranges[-1] == f"bytes={have}-" and have
-    assert len(server.ranges) > 2
+    assert len(server.ranges) > 1 + (how == "cut")
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,7 @@ def test_urls_that_are_none(url, tmp_path):
 
 def test_no_downgrade_to_http():
     """A redirection from https to http counts as a refusal; the reverse is followed."""
-    handler = fetch._NeverDowngrade()
+    handler = transfer.NeverDowngrade()
     secure = urllib.request.Request("https://a/x")
     with pytest.raises(urllib.error.URLError, match="unencrypted"):
         handler.redirect_request(secure, None, 302, "Found", {}, "http://a/x")
@@ -454,7 +454,7 @@ def test_no_downgrade_to_http():
 def test_source_on_disk(serve, tmp_path, monkeypatch):
     """--source takes an archive under any name, or the folder that holds it; no network."""
     (server,) = serve("well")
-    monkeypatch.setattr(fetch.OPENER, "open", None)
+    monkeypatch.setattr(transfer, "Watched", None)
     named, renamed = tmp_path / "tiny.tar.gz", tmp_path / "renamed"
     for path in (named, renamed):
         path.write_bytes(server.files["tiny.tar.gz"])
@@ -581,7 +581,7 @@ def test_disk_full(serve, monkeypatch, capfd, full):
     path = lenslet.files.DATA / "tiny" / f"{full}.safetensors"
     assert capfd.readouterr().err == f"error: {path}: No space left on device\n"
     assert not path.exists()
-    monkeypatch.setattr(fetch.OPENER, "open", None)
+    monkeypatch.setattr(transfer, "Watched", None)
     check(sets.ensure("tiny"))  # from the archive that was kept
 
 
@@ -598,7 +598,7 @@ def test_disk_full_while_downloading(serve, monkeypatch, capfd):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(
-        fetch,
+        transfer,
         "open",
         lambda path, mode: Full() if "b" in mode else real_open(path, mode),
         raising=False,
