@@ -10,6 +10,9 @@ import os
 import signal
 import sys
 
+# Shown instead of obeyed on a terminal: tabs, ends of lines and progress bars' returns stay.
+CONTROLS = {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n\r"}
+
 
 class UserError(Exception):
     """Something the user did, in one line with the remedy; exit status 2."""
@@ -38,6 +41,7 @@ def run_main(main, argv=None) -> int:
     main may return an exit status of its own.
     """
     if argv is None:  # a command, and not a caller in Python
+        sys.stdout, sys.stderr = map(_shown, (sys.stdout, sys.stderr))
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGINT, _interrupt)
     for stream in (sys.stdout, sys.stderr):  # file names need not be UTF-8
@@ -68,6 +72,25 @@ def run_main(main, argv=None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+class _Terminal:
+    """A terminal to which control characters, of a file's name or from a server, are shown as text:
+    obeyed, they could hide what is printed, or worse.
+    """
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._stream.write(text.translate(CONTROLS))
+
+
+def _shown(stream):
+    return _Terminal(stream) if stream.isatty() else stream
 
 
 def _interrupt(number, frame) -> None:

@@ -1,6 +1,7 @@
 """Every known failure is one line on standard error and an exit status; a bug stays a traceback."""
 
 import os
+import pty
 import subprocess
 import sys
 
@@ -9,6 +10,17 @@ import torch
 
 from lenslet import errors, files
 from lenslet.errors import OutsideError, UserError, error_context, nearest
+
+PRINTING = """
+import sys
+from lenslet.errors import UserError, run_main
+
+def main(argv):
+    print(sys.argv[1])
+    raise UserError(sys.argv[1])
+
+sys.exit(run_main(main))
+"""
 
 
 @pytest.mark.parametrize(
@@ -121,3 +133,18 @@ def test_interrupted_import(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{files.ROOT}{os.pathsep}{tmp_path}"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+def test_control_characters_on_a_terminal(tmp_path):
+    """A terminal is shown a file name's control characters; a pipe is given the name as it is."""
+    name = "a\x1b[2Jb\x9bc.png"
+    command = [sys.executable, "-c", PRINTING, name]
+    environment = {**os.environ, "PYTHONPATH": str(files.ROOT), "PYTHONIOENCODING": "utf-8"}
+    piped = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert piped.stdout == f"{name}\n" and piped.stderr == f"error: {name}\n"
+    ours, theirs = pty.openpty()
+    status = subprocess.run(command, stdout=theirs, stderr=theirs, env=environment).returncode
+    os.close(theirs)
+    said = os.read(ours, 1000).decode()
+    os.close(ours)
+    assert status == 2 and said == "a\\x1b[2Jb\\x9bc.png\r\nerror: a\\x1b[2Jb\\x9bc.png\r\n"
