@@ -88,9 +88,11 @@ def test_digest():
 
 
 def test_no_weights(tmp_path):
-    """A file that is missing, a folder, or not a safetensors file is refused."""
+    """What is missing, a folder, a pipe, a device, or no safetensors file is refused at once."""
     refuse(tmp_path / "none.safetensors", "no such")
-    refuse(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", "/dev/zero"):
+        refuse(path)
     for content in (b"", b"x", b"hello world" * 50, b"PK\x03\x04" * 50):
         (tmp_path / "m.safetensors").write_bytes(content)
         refuse(tmp_path / "m.safetensors")
