@@ -12,6 +12,7 @@ one of their networks is asked for, and never for our own.
 
 import fnmatch
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -187,11 +188,13 @@ def load_model(path: str | Path) -> tuple[nn.Module, Prepare, dict]:
     with error_context(str(file)):
         tensors, header = weights.read(file)
         try:
-            model = create_model(header["model"], **header["model_args"])
+            create = partial(create_model, header["model"], **header["model_args"])
+            weights.check_shapes(tensors, create)
+            model = create()
             model.load_state_dict(tensors)
             prepare = Prepare(header["mean"], header["std"], model.input_size)
-        except (RuntimeError, TypeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]  # load_state_dict()'s has many lines
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = weights.one_line(error)
             raise UserError(f"the weights do not fit their header ({reason})") from error
     # Convolutions on a CPU are faster with channels last, and prepare() returns images so.
     return model.eval().to(memory_format=torch.channels_last), prepare, header

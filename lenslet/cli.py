@@ -227,11 +227,23 @@ def add_weights_option(parser: Parser) -> None:
     parser.add_argument("--weights", metavar="PATH", help=help)
 
 
-def add_running_options(parser: Parser):
+def add_precision_option(add, auto: str = "bf16 where the processor or GPU has it") -> None:
+    """In which precision a network computes; auto: in words, how that is chosen."""
+    help = f"auto: {auto}; `accelerate launch`'s own choice wins"
+    add("--precision", choices=["auto", "no", "fp16", "bf16"], default="auto", help=help)
+
+
+def add_device_options(add) -> None:
+    """Where trained weights compute, and in which precision."""
+    help = "cpu, cuda, cuda:1, mps, …; auto: the GPU if there is one, else the CPU"
+    add("--device", default="auto", help=help)
+    add_precision_option(add, "as in training where the device has that natively, else no")
+
+
+def add_running_options(parser: Parser, add_first=add_precision_option):
     """The options of every command that runs a network over a data set; adds more to them."""
     add = parser.add_argument_group("running").add_argument
-    help = "auto: bf16 where the processor or GPU has it; `accelerate launch`'s own choice wins"
-    add("--precision", choices=["auto", "no", "fp16", "bf16"], default="auto", help=help)
+    add_first(add)
     help = "processes that decode photographs (default: one per core, at most 8)"
     add("--workers", metavar="N", type=number(int, 0), help=help)
     help = "threads per process (default: its share of the cores); changes the last bits of results"

@@ -14,10 +14,19 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from lenslet.errors import UserError
+from lenslet.header import check_header, parse_json
 
 FORMAT = "lenslet"
-VERSION = "1"
-TEXT = {"format", "version", "model", "stem", "data", "data_sha256", "sha256"}  # the rest is JSON
+VERSION = "2"
+OLDER = "1"  # without header_sha256
+# What is text in a header; the rest is JSON.
+TEXT = {"format", "version", "model", "stem", "data", "data_sha256", "sha256", "header_sha256"}
+TYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
+}
+LARGEST = 1 << 24  # bytes of a header
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
@@ -31,6 +40,17 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def header_digest(metadata: dict[str, str], kinds: dict[str, list]) -> str:
+    """SHA-256 of all that a header says but this digest, as hexadecimal digits.
+
+    kinds: [type, shape] of each tensor, in safetensors' words.  It is taken of JSON with sorted
+    keys, without spaces and in ASCII, so that neither order nor spelling matters.
+    """
+    said = {key: text for key, text in metadata.items() if key != "header_sha256"}
+    text = json.dumps([said, kinds], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def storable(tensor: Tensor) -> Tensor:
     """A contiguous copy on the CPU: safetensors refuses channels_last and shared memory."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -39,11 +59,14 @@ def storable(tensor: Tensor) -> Tensor:
 def encode(state: dict[str, Tensor], header: dict) -> bytes:
     """The content of a weights file, from a model's state_dict and a header as in read_header().
 
-    format, version and sha256 are added to the header.
+    format, version, sha256 and header_sha256 are made anew, whatever the header says of them.
     """
     tensors = {name: storable(tensor) for name, tensor in state.items()}
-    header = {"format": FORMAT, "version": VERSION, **header, "sha256": digest(tensors)}
+    header = header | {"format": FORMAT, "version": VERSION, "sha256": digest(tensors)}
     metadata = {k: v if k in TEXT else json.dumps(v, ensure_ascii=False) for k, v in header.items()}
+    names = {kind: name for name, kind in TYPES.items()}
+    kinds = {name: [names[tensor.dtype], list(tensor.shape)] for name, tensor in tensors.items()}
+    metadata["header_sha256"] = header_digest(metadata, kinds)
     return to_bytes(tensors, metadata)
 
 
@@ -66,34 +89,80 @@ def read_header(path: str | Path) -> dict:
         plan                see clock.Plan's marks
         options             of the training
         versions, device, precision, threads, processes
-    And of the file: format, version, sha256 (the tensors' digest()).
+    And of the file: format, version, sha256 (the tensors' digest()), header_sha256 (of the rest).
 
-    Errors: UserError, without the path, for a file that is missing, cut off or not one of ours.
+    Errors: UserError, without the path, for a file that is missing, cut off or not one of ours, and
+    for a header that was altered or does not hold what it must (header.check_header()).
     """
     if not Path(path).is_file():
         raise UserError("no such weights file (train one with `make train`)")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except SafetensorError as error:
-        raise UserError(f"not a complete safetensors file ({error})") from error
-    if header.get("format") != FORMAT:
+        with safe_open(path, framework="pt"), open(path, "rb") as file:  # the first checks lengths
+            size = int.from_bytes(file.read(8), "little")
+            if size > LARGEST:
+                raise UserError(f"its header has {size:,} bytes, more than any of ours")
+            table = parse_json(file.read(size).decode())
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"not a complete safetensors file ({one_line(error)})") from error
+    metadata = table.pop("__metadata__", None) or {}
+    if metadata.get("format") != FORMAT:
         raise UserError("not written by train.py (its header does not say how to use it)")
-    if (version := header.get("version")) != VERSION:
-        raise UserError(f"format version {version}, but this code reads version {VERSION}")
+    if (version := metadata.get("version")) not in (OLDER, VERSION):
+        found = f"format version {one_line(version, 20)}"
+        raise UserError(f"{found}, but this code reads versions {OLDER} and {VERSION}")
+    kinds = {name: [tensor["dtype"], tensor["shape"]] for name, tensor in table.items()}
+    if version == VERSION and metadata.get("header_sha256") != header_digest(metadata, kinds):
+        raise UserError("the header is not the one that was saved (damaged or altered)")
+    if unknown := {kind for kind, _ in kinds.values()} - TYPES.keys():
+        raise UserError(f"holds tensors of type {min(unknown)}, which no network here has")
     try:
-        return {k: v if k in TEXT else json.loads(v) for k, v in header.items()}
+        header = {k: v if k in TEXT else parse_json(v) for k, v in metadata.items()}
     except ValueError as error:
-        raise UserError(f"its header is damaged ({error})") from error
+        raise UserError(f"its header is damaged ({one_line(error)})") from error
+    check_header(header)
+    return header
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors (on the CPU, as they were saved) and the header of a weights file.
 
-    Errors: UserError, as in read_header(), and for tensors that differ from those that were saved.
+    Errors: UserError, as in read_header(), for tensors that differ from those that were saved, and
+    for values that are not finite.
     """
     header = read_header(path)
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, RuntimeError) as error:  # a shape that torch cannot make, say
+        raise UserError(f"its tensors cannot be read ({one_line(error)})") from error
     if digest(tensors) != header.get("sha256"):
         raise UserError("the weights are not those that were saved (damaged or altered)")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"its weights are not finite: {one_line(name)} holds NaN or infinity")
     return tensors, header
+
+
+def check_shapes(tensors: dict[str, Tensor], create) -> None:
+    """Refuse tensors that do not fit the network that create() makes, whatever size that has.
+
+    It is made without values, which takes no memory and hardly any time.  Errors: ValueError.
+    """
+    try:
+        with torch.device("meta"):
+            state = create().state_dict()
+    except RuntimeError:  # torchvision's RegNets copy values while they are made
+        return
+    given, fitting = ({(k, t.dtype, t.shape) for k, t in s.items()} for s in (tensors, state))
+    for name, kind, shape in sorted(fitting ^ given, key=str)[:1]:
+        raise ValueError(f"{name}: {kind} {list(shape)} is in one of them only")
+
+
+def caution(header: dict) -> str:
+    """What a user should know of the file that a header is from, in one line; '' if nothing."""
+    old = header["version"] == OLDER
+    return f"weights of format {OLDER}: their header has no checksum" if old else ""
+
+
+def one_line(error, most: int = 200) -> str:
+    """What an error says, in one line of so many characters at most."""
+    return " ".join(str(error).split())[:most]

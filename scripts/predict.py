@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import _root  # noqa: F401
-from lenslet.cli import add_weights_option, create_parser, number, parse
-from lenslet.errors import UserError, run_main
+from lenslet.cli import add_device_options, add_weights_option, create_parser, number, parse
+from lenslet.errors import UserError, error_context, run_main
 from lenslet.files import shown
 
 BATCH = 64  # images
@@ -31,19 +31,31 @@ def main(argv=None) -> int:
     help = "show the K most likely classes"
     add("--top", type=number(int, 1), default=1, metavar="K", help=help)
     add("--format", choices=["text", "csv", "json"], default="text", help="of the answers")
+    add_device_options(add)
     args = parse(parser, argv)
 
     # These take a second or two to import, which --help and a misspelt option need not wait for;
     # each function below imports what only it needs.
+    from lenslet.distributed.precision import as_trained, choose_device, choose_precision
     from lenslet.runs.folder import weights_path
+    from lenslet.weights import caution
     from model import load_model
 
     files, weights = find(args.images), weights_path(args.weights)
+    with error_context(f"--device {args.device}"):
+        device = choose_device(args.device)
     model, prepare, header = load_model(weights)
+    kept = as_trained(header.get("precision", "no"), device.type)
+    with error_context(f"--precision {args.precision}"):
+        precision = choose_precision(args.precision, device.type, otherwise=kept)
     if not args.weights:
-        print(f"using {describe(weights, header)}", file=sys.stderr)
+        how = f"on {device}, precision {precision}"
+        print(f"using {describe(weights, header)} {how}", file=sys.stderr)
+    if note := caution(header):
+        print(note, file=sys.stderr)
     top = min(args.top, len(header["classes"]))
-    answered = write(predict(model, prepare, header, files, top), args.format, top)
+    network = model.to(device), prepare.to(device)
+    answered = write(predict(*network, header, files, top, precision), args.format, top)
     return 0 if answered == len(files) else 1
 
 
@@ -78,7 +90,9 @@ def describe(weights: Path, header: dict) -> str:
     return f"{shown(path)} ({Path(header['data']).name}, {header['model']}, trained {ago})"
 
 
-def predict(model, prepare, header: dict, files: list[str], top: int) -> Iterator[tuple[str, list]]:
+def predict(
+    model, prepare, header: dict, files: list[str], top: int, precision: str
+) -> Iterator[tuple[str, list]]:
     """(file, its `top` likeliest classes as (name, probability)), in order, a batch at a time.
 
     What cannot be read is named on standard error and left out.
@@ -86,6 +100,7 @@ def predict(model, prepare, header: dict, files: list[str], top: int) -> Iterato
     import torch
 
     from lenslet.data.decode import UnreadableImage, read_image
+    from lenslet.distributed.precision import autocast
 
     reading = header["channels"], tuple(header["image_size"]), header["crop"]
     for start in range(0, len(files), BATCH):
@@ -98,9 +113,13 @@ def predict(model, prepare, header: dict, files: list[str], top: int) -> Iterato
                 print(f"error: {error}", file=sys.stderr)
         if not names:
             continue
-        with torch.inference_mode():
-            best = model(prepare(torch.stack(images))).softmax(1).topk(top)
-        for file, *ranked in zip(names, best.indices.tolist(), best.values.tolist(), strict=True):
+        device = prepare.mean.device
+        with torch.inference_mode(), autocast(device, precision):
+            logits = model(prepare(torch.stack(images).to(device))).float()  # [B, classes]
+        # As metrics.evaluate() does it: of classes that are equally likely, the first one.
+        best = logits.log_softmax(1).sort(descending=True, stable=True)
+        columns = best.indices[:, :top].tolist(), best.values[:, :top].exp().tolist()
+        for file, *ranked in zip(names, *columns, strict=True):
             yield file, [(header["classes"][k], p) for k, p in zip(*ranked, strict=True)]
 
 

@@ -27,7 +27,7 @@ def build_parser() -> cli.Parser:
     add("--output", metavar="DIR", help="folder of report/ and samples/ (default: the weights')")
     help = "also average over shifted and mirrored copies, as far as training made such"
     add("--tta", action="store_true", help=help)
-    cli.add_running_options(parser)
+    cli.add_running_options(parser, cli.add_device_options)
     return parser
 
 
@@ -40,32 +40,31 @@ def main(argv=None):
     from lenslet.distributed import start
     from lenslet.metrics import evaluate, evaluation_batch, figures
     from lenslet.runs.folder import weights_path
+    from lenslet.training import options
+    from lenslet.weights import caution
     from model import load_model
 
-    # The network: on this device, in the precision of training.
+    # The network, on its device.
     weights = weights_path(args.weights)
     model, prepare, header = load_model(weights)
-    trained = header["options"]
-    state = start.start_processes(args.threads)
-    kept = "no" if trained["precision"] == "no" else "auto"  # the device may be another one
-    with error_context(f"--precision {args.precision}"):
-        accelerator = start.create_accelerator(args.precision, otherwise=kept)
+    trained = vars(cli.layered(options.build_parser(), header["options"]))
+    accelerator = create_accelerator(args, header)
     model, prepare = model.to(accelerator.device), prepare.to(accelerator.device)
 
     # The images: the first process inspects the files of a folder, the others read what it found.
     workers = start.decoding_workers(trained["workers"] if args.workers is None else args.workers)
     opened = partial(open_split, args, weights, header, workers)
-    data, split = start.main_process_first(state, opened)
+    data, split = start.main_process_first(accelerator, opened)
     part = data.splits[split]
-    for note in data.notes:
+    for note in filter(None, [caution(header), *data.notes]):
         accelerator.print(note)
     if args.tta:
         check_tta(trained["augment"], part.in_memory)
     output = Path(args.output) if args.output else weights.parent
-    start.from_main_process(state, partial(make_folders, output))
+    start.from_main_process(accelerator, partial(make_folders, output))
 
     # One pass over them, and with --tta a second one.
-    rank, world = state.process_index, state.num_processes
+    rank, world = accelerator.process_index, accelerator.num_processes
     batch_size = args.batch_size or evaluation_batch(
         trained["batch_size"], trained["accumulate"], world, part.in_memory
     )
@@ -80,6 +79,7 @@ def main(argv=None):
     # The report.
     if accelerator.is_main_process:
         facts = {"weights": str(weights), "epoch": header["epoch"]}
+        facts["precision"] = accelerator.mixed_precision
         write_report(output / "report", facts, data, split, rows, result)
         samples = write_samples(output / "samples", data, split)
         print(figures_table(result, data.classes))
@@ -91,6 +91,19 @@ def main(argv=None):
         print(f"next: {cli.command('predict.py', *named, samples[-1])}")
     accelerator.wait_for_everyone()  # without it gloo now and then aborts while shutting down
     accelerator.end_training()
+
+
+def create_accelerator(args, header: dict):
+    """The Accelerator for the device and the precision asked for, else for those of training."""
+    from lenslet.distributed import start
+    from lenslet.distributed.precision import as_trained
+
+    with error_context(f"--device {args.device}"):
+        start.use_device(args.device)
+    state = start.start_processes(args.threads)
+    with error_context(f"--precision {args.precision}"):
+        trained = as_trained(header.get("precision", "no"), state.device.type)
+        return start.create_accelerator(args.precision, otherwise=trained)
 
 
 def open_split(args, weights: Path, header: dict, workers: int) -> tuple:
@@ -127,7 +140,7 @@ def check_tta(augment: str, in_memory: bool) -> None:
     """Refuse --tta for a network that training showed no shifted or mirrored images."""
     from lenslet.data.augment import AUGMENTATIONS
 
-    move, flip = AUGMENTATIONS[augment]
+    move, flip = AUGMENTATIONS.get(augment, (False, False))
     if not (flip or (move and in_memory)):  # photographs are cropped by their decoder, not shifted
         raise UserError(f"--tta: training (--augment {augment}) did not shift or mirror images")
 

@@ -239,8 +239,15 @@ def test_dropout():
 HEADER = {
     "model": "lenet",
     "model_args": {"classes": 3, "channels": 3},
+    "classes": ["ants", "bees", "cats"],
+    "channels": 3,
+    "image_size": [32, 32],
+    "crop": 1.0,
     "mean": [0.1, 0.2, 1 / 3],
     "std": [0.5, 0.5, 0.5],
+    "data": "photos",
+    "epoch": 1,
+    "options": {},
 }
 
 
@@ -322,7 +329,7 @@ def test_incomplete_header(trained):
     for missing in HEADER:
         header = {key: value for key, value in HEADER.items() if key != missing}
         trained.write_bytes(weights.encode(state, header))
-        refuse(trained, "do not fit their header", missing)
+        refuse(trained, f"lacks {missing}")
     trained.write_bytes(weights.encode(state, HEADER | {"model": "lennet"}))
     refuse(trained, "unknown model lennet")
 

@@ -2,18 +2,21 @@
 
 import csv
 import importlib
+import json
 import os
 import subprocess
 import sys
 import time
 
+import numpy as np
 import predict
 import pytest
 import torch
 
 from lenslet import files, weights
+from lenslet.data.decode import read_image
 from lenslet.errors import run_main
-from model import create_model
+from model import create_model, load_model
 
 measure = importlib.import_module("test")  # scripts/test.py, not the standard library's
 OPTIONS = {"precision": "no", "workers": 0, "val": 0.1, "skip_broken": False, "augment": "light"}
@@ -171,3 +174,57 @@ def test_mistakes_wait_for_no_import(script):
     lines = result.stdout.splitlines()
     assert (lines[0], lines[-2:]) == ("2", ["0", "set()"])
     assert result.stderr.startswith("error: unknown option --mispelt")
+
+
+def make_ambiguous(path, images):
+    """Rewrite a weights file so that both classes are about as likely, whatever the image."""
+    model, prepare, header = load_model(path)
+    read = [read_image(image, 3, header["image_size"], 1.0) for image in images]
+    with torch.no_grad():
+        logits = model(prepare(torch.from_numpy(np.stack(read)).permute(0, 3, 1, 2)))
+    tensors = weights.read(path)[0]
+    tensors["fc3.bias"] -= logits.mean(0)
+    path.write_bytes(weights.encode(tensors, header))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_test_and_predict_give_the_same_labels(run, pictures, capsys, precision):
+    """Both compute in the same precision, and break ties alike: no label differs."""
+    make_ambiguous(run / "model.safetensors", sorted(pictures.glob("test/*/*.png")))
+    words = ["--weights", run, "--precision", precision, "--device", "cpu"]
+    assert run_main(measure.main, [*words, "--data", pictures]) == 0
+    with open(run / "report" / "predictions.csv") as file:
+        measured = {row["file"]: row["prediction"] for row in csv.DictReader(file)}
+    capsys.readouterr()
+    assert run_main(predict.main, [pictures / "test", "--format", "csv", *words]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    answers = {os.path.relpath(row["file"], pictures): row["class"] for row in rows}
+    assert answers == measured and len(answers) == 6
+    assert len(set(answers.values())) == 2
+
+
+@pytest.mark.parametrize("trained", ["no", "bf16"])
+def test_the_precision_of_training(run, pictures, capsys, monkeypatch, trained):
+    """Without --precision both take that of training, where the CPU has it, and say so."""
+    monkeypatch.setattr("lenslet.distributed.precision.cpu_has_bf16", lambda: True)
+    tensors, header = weights.read(run / "model.safetensors")
+    content = weights.encode(tensors, header | {"precision": trained})
+    (run / "model.safetensors").write_bytes(content)
+    assert run_main(measure.main, ["--device", "cpu"]) == 0
+    assert json.loads((run / "report" / "metrics.json").read_text())["precision"] == trained
+    assert run_main(predict.main, [pictures, "--device", "cpu"]) == 0
+    assert f"on cpu, precision {trained}\n" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there(run, pictures, capsys):
+    """Both refuse it in one line."""
+    for main, words in ((predict.main, [pictures]), (measure.main, [])):
+        said = refused(capsys, main, *words, "--device", "abacus")
+        assert said.startswith("error: --device abacus: no such device here, only cpu")
+
+
+def test_weights_without_a_checksum_of_their_header(pictures, capsys):
+    """One line says that a file is of format 1; the answer is given."""
+    old = files.ROOT / "tests" / "weights-1.safetensors"
+    assert run_main(predict.main, [pictures, "--weights", old]) == 0
+    assert capsys.readouterr().err == "weights of format 1: their header has no checksum\n"

@@ -88,9 +88,11 @@ def test_digest():
 
 
 def test_no_weights(tmp_path):
-    """A file that is missing, a folder, or not a safetensors file is refused."""
+    """What is missing, a folder, a pipe, a device, or no safetensors file is refused at once."""
     refuse(tmp_path / "none.safetensors", "no such")
-    refuse(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", "/dev/zero"):
+        refuse(path)
     for content in (b"", b"x", b"hello world" * 50, b"PK\x03\x04" * 50):
         (tmp_path / "m.safetensors").write_bytes(content)
         refuse(tmp_path / "m.safetensors")
@@ -153,10 +155,11 @@ def test_header_alone(tmp_path, monkeypatch):
     """The header is read without the tensors, here a GiB that is not on the disk."""
     monkeypatch.setattr(weights, "load_file", None)
     path, size = tmp_path / "m.safetensors", 1 << 30
-    metadata = {"format": "lenslet", "version": "1", "classes": '["a"]'}
+    metadata = {k: v if k in weights.TEXT else json.dumps(v) for k, v in HEADER.items()}
+    metadata |= {"format": "lenslet", "version": "1"}
     tensor = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
     head = json.dumps({"__metadata__": metadata, "w": tensor}).encode()
     with open(path, "wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         file.truncate(8 + len(head) + size)
-    assert read_header(path)["classes"] == ["a"]
+    assert read_header(path)["classes"] == HEADER["classes"]

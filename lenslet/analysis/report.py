@@ -23,7 +23,8 @@ def write_report(
 ) -> None:
     """Write metrics.json, predictions.csv, predictions.png and TensorBoard's events into a folder.
 
-    facts: the weights' file and epoch; rows [N, 6] from evaluate(); result: figures(rows).
+    facts: the weights' file and epoch, and the precision.  rows [N, 6] from evaluate(); result:
+    figures(rows).
     """
     from torch.utils.tensorboard import SummaryWriter
 

@@ -20,6 +20,7 @@ from torch import distributed
 
 from lenslet.distributed.interrupts import end_workers, name_lost_processes
 from lenslet.distributed.launchers import check_launcher
+from lenslet.distributed.precision import choose_device, choose_precision
 from lenslet.errors import OutsideError, UserError
 
 
@@ -144,15 +145,21 @@ def decoding_workers(asked: int | None) -> int:
     return min(8, cores()) if asked is None else asked
 
 
+def use_device(asked: str) -> None:
+    """Have start_processes() take a device, see choose_device().  Errors: UserError."""
+    if choose_device(asked).index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("each process has a GPU of its own: leave out the number")
+    if asked != "auto":
+        os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
+        os.environ["ACCELERATE_USE_CPU"] = "true" if asked == "cpu" else "false"
+
+
 def create_accelerator(asked: str, otherwise: str = "auto") -> Accelerator:
     """The Accelerator for a precision, after start_processes(); see choose_precision().
 
     Errors: UserError where the device cannot compute in that precision.
     """
-    device = PartialState().device.type
-    precision = choose_precision(asked, device, otherwise)
-    if (precision, device) == ("fp16", "cpu"):  # Accelerate would silently compute in float32
-        raise UserError("fp16 does not run on a CPU: choose the precision no or bf16")
+    precision = choose_precision(asked, PartialState().device.type, otherwise)
     try:
         # Buffers are averaged once an epoch (Net.average_buffers), not sent at every step.  The
         # newer name of this setting, which the warning asks for, is not in torch 2.11.
@@ -162,31 +169,6 @@ def create_accelerator(asked: str, otherwise: str = "auto") -> Accelerator:
     except (ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"precision {precision}: {reason}; try auto") from error
-
-
-def choose_precision(asked: str, device: str, otherwise: str = "auto") -> str:
-    """'no', 'fp16', 'bf16' or 'fp8': a `no` that was asked for, what `accelerate launch` was given,
-    what else was asked for, the recipe's (otherwise), and at last what the device has natively.
-    """
-    given = os.environ.get("ACCELERATE_MIXED_PRECISION")  # 'no' also where nothing was asked
-    if asked != "no" and given in ("fp16", "bf16", "fp8"):
-        return given
-    for choice in (asked, otherwise):
-        if choice != "auto":
-            return choice
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device == "cpu" and cpu_has_bf16() else "no"
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 itself: emulated, it is slower than float32."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            words = set(file.read().split())
-    except OSError:
-        return False  # not Linux
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})  # the last one is Arm's
 
 
 def device_time(device: torch.device) -> float:

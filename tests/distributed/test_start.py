@@ -1,4 +1,4 @@
-"""Processes, threads and precision are what was asked for, or what the machine does best."""
+"""Processes, threads and the Accelerator are what was asked for, or what the machine does best."""
 
 import os
 import platform
@@ -23,56 +23,6 @@ def unlaunched(monkeypatch):
     monkeypatch.setattr(start, "cpu_count", lambda: 12)
 
 
-@pytest.mark.parametrize(
-    ("asked", "given", "device", "native", "chosen"),
-    [
-        ("auto", None, "cpu", True, "bf16"),
-        ("auto", None, "cpu", False, "no"),
-        ("auto", None, "cuda", True, "bf16"),
-        ("auto", None, "cuda", False, "fp16"),
-        ("auto", None, "mps", True, "no"),
-        ("auto", "no", "cpu", True, "bf16"),  # what launchers say who were not asked
-        ("auto", "fp16", "cpu", True, "fp16"),
-        ("auto", "bf16", "cpu", False, "bf16"),
-        ("auto", "fp8", "cuda", True, "fp8"),
-        ("bf16", "fp16", "cuda", True, "fp16"),
-        ("bf16", None, "cpu", False, "bf16"),
-        ("fp16", "no", "cuda", True, "fp16"),
-        ("no", None, "cpu", True, "no"),
-        ("no", "bf16", "cuda", True, "no"),
-    ],
-)
-def test_choose_precision(monkeypatch, asked, given, device, native, chosen):
-    """Given to the launcher > asked here > what the device has natively; `no` forces float32."""
-    monkeypatch.setattr(start, "cpu_has_bf16", lambda: native)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-    if given:
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", given)
-    assert start.choose_precision(asked, device) == chosen
-    if asked == "auto":  # a recipe's word comes before what the device has, and only that
-        expected = given if given in ("fp16", "bf16", "fp8") else "no"
-        assert start.choose_precision("auto", device, otherwise="no") == expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "native"),
-    [
-        ("flags : fpu avx512f avx512_bf16", True),
-        ("flags : fpu amx_bf16", True),
-        ("Features : fp asimd bf16", True),
-        ("flags : fpu avx2 avx512f", False),
-        ("model name : bf16-like", False),
-    ],
-)
-def test_cpu_has_bf16(monkeypatch, tmp_path, flags, native):
-    """The processor's own flags say whether it multiplies bfloat16; no such file says no."""
-    (tmp_path / "cpuinfo").write_text(f"processor : 0\n\n{flags}\n")
-    monkeypatch.setattr(start, "open", lambda _: (tmp_path / "cpuinfo").open(), raising=False)
-    assert start.cpu_has_bf16() is native
-    (tmp_path / "cpuinfo").unlink()
-    assert start.cpu_has_bf16() is False
-
-
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerator(monkeypatch, precision):
     """The Accelerator computes in the precision asked for."""
@@ -86,6 +36,27 @@ def test_impossible_precision():
     with pytest.raises(UserError, match=r"^fp16 does not run on a CPU") as caught:
         start.create_accelerator("fp16")
     assert "bf16" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "before", "after"),
+    [("cpu", "false", "true"), ("auto", "false", "false"), ("cuda", "true", "false")],
+)
+def test_use_device(monkeypatch, asked, before, after):
+    """Accelerate is told of a device that is asked for, and only then."""
+    monkeypatch.setattr(start, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", before)
+    start.use_device(asked)
+    assert os.environ["ACCELERATE_USE_CPU"] == after
+
+
+def test_a_numbered_gpu_is_for_one_process(monkeypatch):
+    """Several processes have a GPU each, and do not share the one that is named."""
+    monkeypatch.setattr(start, "choose_device", torch.device)
+    start.use_device("cuda:1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="of its own"):
+        start.use_device("cuda:1")
 
 
 @pytest.mark.parametrize(

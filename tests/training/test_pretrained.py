@@ -23,6 +23,20 @@ from lenslet import errors, weights
 from lenslet.errors import OutsideError, UserError
 from lenslet.training import pretrained
 
+HEADER = {
+    "model": "lenet",
+    "model_args": {"classes": 2, "channels": 3},
+    "classes": ["a", "b"],
+    "channels": 3,
+    "image_size": [32, 32],
+    "crop": 1.0,
+    "mean": [0.5] * 3,
+    "std": [0.25] * 3,
+    "data": "letters",
+    "epoch": 1,
+    "options": {},
+}
+
 
 def tiny(channels=3, classes=3, seed=0):
     """images [N, channels, H, W] -> logits [N, classes], by way of conv, bn and fc."""
@@ -117,7 +131,7 @@ def test_safetensors_of_ours(tmp_path):
     """One of ours comes with its header; altered or cut off, it is an error and not foreign."""
     state = trained().state_dict()
     path = tmp_path / "model.safetensors"
-    data = weights.encode(state, {"model": "lenet", "classes": ["a", "b"]})
+    data = weights.encode(state, HEADER)
     path.write_bytes(data)
     tensors, header = pretrained.read_weights(str(path), "lenet")
     assert same(tensors, state) and header["classes"] == ["a", "b"]
@@ -136,7 +150,7 @@ def test_safetensors_of_ours(tmp_path):
 def test_weights_of_another_network(tmp_path):
     """One of ours says which network it is of; a timm name may differ in what follows the dot."""
     path = tmp_path / "model.safetensors"
-    path.write_bytes(weights.encode(trained().state_dict(), {"model": "resnet18.a1_in1k"}))
+    path.write_bytes(weights.encode(trained().state_dict(), HEADER | {"model": "resnet18.a1_in1k"}))
     assert pretrained.read_weights(str(path), "resnet18")[1]["model"] == "resnet18.a1_in1k"
     with pytest.raises(UserError, match=r"^these weights are for resnet18\.a1_in1k, not for lenet"):
         pretrained.read_weights(str(path), "lenet")
