@@ -1,14 +1,15 @@
 """Draw the README's plot and print its tables from the stored results, results/results.json.
 
-    make results                                    status 1: the README does not say what they say
+    make results                                    status 1: the README says something else
     python scripts/results.py --check               which rows were measured with other code?
-    python scripts/results.py --stamp 'a title'     for --check: store what the code does now
+    python scripts/results.py --stamp 'a title'     a row was just measured: store what --check needs
 
-results.json holds, for every figure, the single runs with their seeds, dates and commits, the
-command, the versions and the machine, null where it was not recorded.  A row that was measured gets
-its new runs by hand and then a stamp: the digest of the weights after 20 steps of its settings,
-with seed 0 and one thread.  A row is stale where these steps give another digest on the same
-processor, torch and images; the status of --check is then 1.
+results.json holds, for every figure, its single runs with their seeds, dates and commits, the
+command, the versions and the machine; null where it was not recorded.  After a measurement, write
+the new runs into their row (and the width that --time chose) and stamp it: the stamp is the digest
+of the weights after 20 steps of the row's settings, with seed 0 and one thread.  A row is stale if
+these steps give another digest on the same processor, torch and images; --check then ends with
+status 1.
 """
 
 import hashlib
@@ -67,7 +68,8 @@ def table_rows(stored: dict) -> list[str]:
         seconds = values(row, "seconds")
         took = f"{statistics.mean(seconds):.0f} s" if seconds else ""
         averaged = per_cent(values(row, "tta_accuracy"))
-        accuracy = f"{per_cent(values(row, 'accuracy'))} {count(row)}"
+        runs = f"{len(row['runs'])} runs" if len(row["runs"]) > 1 else "single run"
+        accuracy = f"{per_cent(values(row, 'accuracy'))} ({runs})"
         rows.append([row["title"], accuracy, averaged, took, row["machine"], f"`{row['command']}`"])
     for row in stored["comparisons"]:
         ratio = f"{statistics.mean(values(row, 'ratio')):.2f}"
@@ -81,11 +83,6 @@ def table_rows(stored: dict) -> list[str]:
 def values(row: dict, key: str) -> list[float]:
     """A figure of each run that has it."""
     return [run[key] for run in row["runs"] if run.get(key) is not None]
-
-
-def count(row: dict) -> str:
-    """How many runs there were, in brackets."""
-    return "(single run)" if len(row["runs"]) == 1 else f"({len(row['runs'])} runs)"
 
 
 def per_cent(fractions: list[float]) -> str:
@@ -103,40 +100,31 @@ def per_cent(fractions: list[float]) -> str:
 
 def check(rows: list[dict]) -> int:
     """Print of each row whether it is stale; 1 if any is, else 0."""
-    found = [compare(row) for row in rows]
-    for row, verdict in zip(rows, found, strict=True):
-        print(f"{row['title']}: {verdict}")
+    found = []
+    for row in rows:
+        found.append(compare(row))
+        print(f"{row['title']}: {found[-1]}", flush=True)
     stale = sum(verdict.startswith("stale") for verdict in found)
-    same = found.count("up to date")
-    print(f"{stale} stale, {same} up to date, {len(rows) - stale - same} not compared")
+    print(f"stale: {stale}, up to date: {found.count('up to date')}, of {len(found)}")
     return 1 if stale else 0
 
 
 def compare(row: dict) -> str:
-    """Whether a row's first steps are still those of its stamp, in words."""
+    """Whether a row's first steps are still those of its stamp, in words; fetches no images."""
     from lenslet.distributed.determinism import environment
 
-    then, here = row["stamp"], environment("auto")
+    then, here, data = row["stamp"], environment("auto"), words_of(row)[1]
     if not then:
-        return "not compared: it has no stamp"
+        return "not checked: it has no stamp"
     if (then["device"], then["torch"]) != (here["device"], here["versions"]["torch"]):
-        where = f"{then['device']}, torch {then['torch']}"
-        return f"cannot be compared here: measured on {where}"
-    if not is_at_hand(row):
+        return f"cannot be compared here: measured on {then['device']}, torch {then['torch']}"
+    at_hand = Path(data).is_dir() or (files.DATA / data / "test.safetensors").is_file()
+    if not at_hand and data != "digits":
         return "not checked: its images are not at hand"
     now = stamp(row)
     if now["data_sha256"] != then["data_sha256"]:
         return "cannot be compared here: measured with other images"
-    if now["sha256"] != then["sha256"]:
-        return f"stale: {then['steps']} steps gave other weights at {then['commit']}"
-    return "up to date"
-
-
-def is_at_hand(row: dict) -> bool:
-    """Whether the images of a row are on disk, so that nothing would be fetched."""
-    data = words_of(row)[1]
-    on_disk = Path(data).is_dir() or (files.DATA / data / "test.safetensors").is_file()
-    return data == "digits" or on_disk
+    return "up to date" if now == then else "stale: its first steps give other weights"
 
 
 def words_of(row: dict) -> list[str]:
@@ -150,39 +138,26 @@ def words_of(row: dict) -> list[str]:
 
 def stamp(row: dict) -> dict:
     """What 20 steps of a row's settings give with this code on this machine."""
-    from bench import describe_machine
-
     from lenslet.training.build import choose_options
     from lenslet.weights import read_header
 
-    if not is_at_hand(row):
-        raise UserError(f"{row['title']}: its images are not at hand")
     words = words_of(row)
     batch = choose_options(options.parse(words), 1).batch_size
     words += ["--epochs", 2, "--limit", 10 * batch]  # twice ten steps, so that small sets do too
     words += ["--seed", 0, "--threads", 1, "--keep", "last", "--no-resume", "--output"]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh,
-    ):
+    context = multiprocessing.get_context("spawn")  # each training in a fresh process
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, context) as process:
         run = Path(folder, "run")
-        status = fresh.submit(train_aside, [*words, run]).result()
-        if status:
+        if status := process.submit(train_aside, [*words, run]).result():
             raise OutsideError(f"{row['title']}: training ended with status {status}")
-        last = json.loads((run / "metrics.json").read_text())["epochs"][-1]
         header = read_header(run / "model.safetensors")
-    machine = describe_machine()
-    return {
-        "steps": last["step"],
-        "sha256": last["weights_sha256"],
-        "data_sha256": header["data_sha256"],
-        "torch": machine["versions"]["torch"],
-        **{key: machine[key] for key in ("device", "commit", "date")},
-    }
+    found = {key: header[key] for key in ("data_sha256", "device")}
+    step, digest = header["digests"][-1]
+    return {"steps": step, "sha256": digest, "torch": header["versions"]["torch"], **found}
 
 
 def train_aside(words: list) -> int:
-    """train.py in a process of its own, without what it prints; runs/latest stays as it is."""
+    """train.py, without what it prints, and without a change of runs/latest."""
     import train
 
     files.RUNS = words[-1].parent
