@@ -2,7 +2,7 @@
 
     make results                                    status 1: the README says something else
     python scripts/results.py --check               which rows were measured with other code?
-    python scripts/results.py --stamp 'a title'     a row was just measured: store what --check needs
+    python scripts/results.py --stamp 'a title'     a row was just measured: for --check
 
 results.json holds, for every figure, its single runs with their seeds, dates and commits, the
 command, the versions and the machine; null where it was not recorded.  After a measurement, write
