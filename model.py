@@ -207,7 +207,7 @@ def network_defaults(name: str) -> dict:
     mean, std      three floats each, 0..1 scale
     crop           share of the resized image's side that the centre crop keeps, 0..1
     """
-    library = _library(name)
+    library, name = find_network(name)
     defaults = {  # what is usual on ImageNet; timm's networks have a configuration of their own
         "image_size": 32 if library == "own" else 224,
         "mean": [0.485, 0.456, 0.406],
@@ -247,19 +247,21 @@ def add_dropout(network: nn.Module, share: float) -> None:
         network.get_submodule(name).register_forward_pre_hook(drop)
 
 
-def _library(name: str) -> str:
-    """'own', 'timm' or 'torchvision': where a network comes from; UserError if it is unknown."""
+def find_network(name: str) -> tuple[str, str]:
+    """'own', 'timm' or 'torchvision', and a network's present name there; UserError if unknown."""
     if name in NETWORKS:
-        return "own"
+        return "own", name
     if ":" in name:  # hf-hub:, hf_hub: and local-dir: let timm fetch whatever the name says
         raise UserError(f"model {name}: give a plain timm name; names on a hub are not looked up")
     if name in (theirs := _torchvision_names()):
-        return "torchvision"
+        return "torchvision", name
     import timm
 
+    # timm makes networks by their old names too, but has no configuration or weights for those.
+    name = timm.models.get_deprecated_models().get(name) or name
     # What follows a dot names pretrained weights, whose configuration is then used.
     if timm.is_model(name) and ("." not in name or timm.is_model_pretrained(name)):
-        return "timm"
+        return "timm", name
     if f"torchvision/{name}" in theirs:
         hint = f" (did you mean torchvision/{name}?)"
     else:
@@ -279,7 +281,7 @@ def _torchvision_names() -> list[str]:
 
 def _construct(name: str, classes: int, channels: int, **arguments) -> nn.Module:
     """A network as its library makes it, with the stem it was published with."""
-    library = _library(name)
+    library, name = find_network(name)
     if library == "own":
         return NETWORKS[name](classes, channels, **arguments)
     if library == "timm":

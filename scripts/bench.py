@@ -4,10 +4,10 @@
     python scripts/bench.py step photos              some of it
     python scripts/bench.py tutorial --data pictures/cifar10
 
-    tutorial   ten epochs as the tutorials write them, in a process of its own, and by train.py
+    tutorial   ten epochs as the tutorials write them (a folder is decoded in each), and by train.py
     step       a step of train.py against a bare loop over tensors that are ready in memory, and
                evaluation against the forward pass of that loop
-    accuracy   what train.py reaches in given times
+    accuracy   what train.py reaches in given times; with `tutorial`, how much sooner it is as good
     photos     decoding, against torchvision's ImageFolder: --photos DIR, or 12 megapixels each
     predict    the start of predict.py against `import torch`, and images a second
 
@@ -18,9 +18,7 @@ The figures go to the console and to runs/bench.json.
 import io
 import json
 import multiprocessing
-import os
-import platform
-import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -49,7 +47,8 @@ from lenslet.data.batches import Data, Split, evenly_spaced
 from lenslet.data.layout import find_folder
 from lenslet.data.load import choose_data, load
 from lenslet.data.prepare import Prepare
-from lenslet.distributed.start import create_accelerator, device_time, start_processes
+from lenslet.distributed.determinism import describe_processor, environment
+from lenslet.distributed.start import cores, create_accelerator, device_time, start_processes
 from lenslet.errors import UserError, error_context, run_main
 from lenslet.metrics import evaluate
 from lenslet.runs.folder import weights_path
@@ -142,9 +141,10 @@ def take_turns(sides: dict, rounds: int) -> dict[str, list[float]]:
     return {side: found[1:] for side, found in seconds.items()}
 
 
-def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Of what take_turns() measured, each side's median."""
-    return {f"{side}_seconds": statistics.median(found) for side, found in seconds.items()}
+def summarize(seconds: dict[str, list[float]]) -> dict:
+    """What take_turns() measured, as it is stored: each side's median, and the seconds of each."""
+    found = {f"{side}_seconds": statistics.median(times) for side, times in seconds.items()}
+    return {**found, "rounds": seconds}
 
 
 def median_ratio(above: list[float], below: list[float]) -> float:
@@ -222,7 +222,7 @@ def compare_steps(name: str, data: Data, rounds: int, accelerator) -> dict:
 
     sides = {f.__name__: f for f in (bare, ours, forward, evaluation)}
     seconds = take_turns(sides, rounds)
-    times, over_bare = medians(seconds), median_ratio(seconds["ours"], seconds["bare"])
+    times, over_bare = summarize(seconds), median_ratio(seconds["ours"], seconds["bare"])
     an_image = times["evaluation_seconds"] / len(part), times["forward_seconds"] / BATCH
     figures = {"step_over_bare": over_bare, "evaluation_over_forward": an_image[0] / an_image[1]}
     return {"batch_size": BATCH, "steps": steps, **times, **figures}
@@ -267,7 +267,7 @@ def photos(args) -> dict:
         ]
     faster = median_ratio(seconds["torchvision"], seconds["ours"]) * len(part) / len(folder)
     differ = {"largest_mean_difference": max(differences)}  # of an image, in grey levels
-    return {"images": len(part), **medians(seconds), "times_faster": faster, **differ}
+    return {"images": len(part), **summarize(seconds), "times_faster": faster, **differ}
 
 
 def predict(args) -> dict:
@@ -284,22 +284,21 @@ def predict(args) -> dict:
         "predict_many": lambda: run_python(*words, *many),
     }
     seconds = take_turns(sides, args.rounds)
-    torch_, one, all_ = medians(seconds).values()
+    torch_, one, all_ = map(statistics.median, seconds.values())
     speed = len(many) / (all_ - one)  # without the start
-    return {**medians(seconds), "over_import_torch": one / torch_, "images_per_second": speed}
+    return {**summarize(seconds), "over_import_torch": one / torch_, "images_per_second": speed}
 
 
 def describe_machine() -> dict:
-    """What the figures were measured on."""
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    """What figures are measured on, and with which code (commit None: it is not in git)."""
+    git = "git describe --always --dirty"  # by the shell, which says nothing if there is no git
+    found = subprocess.run(git, shell=True, cwd=files.ROOT, capture_output=True, text=True)
     return {
-        "processor": named[1] if named else platform.processor() or platform.machine(),
-        "amx": torch.cpu._is_amx_tile_supported(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
+        **describe_processor(),
+        "cores": cores(),
+        **environment("auto"),
+        "commit": found.stdout.strip() or None,
+        "date": time.strftime("%Y-%m-%d"),
     }
 
 
@@ -323,11 +322,19 @@ def main(argv=None):
     with error_context(f"--data {args.data}"):
         args.data = choose_data(args.data)
     result, path = {"machine": describe_machine(), "data": args.data}, files.RUNS / "bench.json"
+    result["command"] = shlex.join(["scripts/bench.py", *(sys.argv[1:] if argv is None else argv)])
+    both = {"tutorial", "accuracy"}
     show(result)
     for part in PARTS if "all" in args.parts else args.parts:
         print(f"measuring: {part}", flush=True)
         result[part] = PARTS[part](args)
         show({part: result[part]})
+        if part in both <= result.keys():  # seconds until they are equally accurate
+            theirs, ours = result["tutorial"]["tutorial"][-1], result["accuracy"].values()
+            reached = [r["train_seconds"] for r in ours if r["accuracy"] >= theirs["accuracy"]]
+            ratio = theirs["train_seconds"] / min(reached) if reached else None
+            result["tutorial_over_recipe"] = ratio
+            show({"tutorial_over_recipe": ratio})
         files.RUNS.mkdir(exist_ok=True)
         files.atomic_write(path, json.dumps(result, indent=1))
     print(f"all figures: {path}")

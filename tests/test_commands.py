@@ -427,11 +427,24 @@ def test_bench(clone, make_folder):
     words = f"--data {small} --photos {photos} --epochs 1 --rounds 1 --times 1s 2s"
     said = shell(f"make bench ARGS='{words}'", clone)
     found = json.loads((clone / "runs" / "bench.json").read_text())
-    assert list(found) == ["machine", "data", *bench.PARTS]
-    assert found["machine"]["threads"] >= 1
+    assert set(found) == {"machine", "data", "command", "tutorial_over_recipe", *bench.PARTS}
+    assert found["machine"].keys() >= {"bf16", "cores", "versions", "commit", "date"}
+    assert found["command"].startswith(f"scripts/bench.py --data {small}")
     assert found["tutorial"]["times_faster"] > 0
     assert found["step"]["fastnet"]["step_over_bare"] > 0
+    rounds = found["step"]["fastnet"]["rounds"]
+    assert {side: len(seconds) for side, seconds in rounds.items()} == dict.fromkeys(rounds, 1)
     assert list(found["accuracy"]) == ["1s", "2s"]
     assert found["photos"]["largest_mean_difference"] < 1  # grey level, from torchvision's pixels
     assert found["predict"]["images_per_second"] > 0
     assert "step_over_bare: " in said and found["machine"]["processor"] in said
+
+
+@pytest.mark.slow
+def test_results_are_checked(clone):
+    """A row of results.json is stamped, and checked, in a process of its own; runs/latest stays."""
+    script, latest = ".venv/bin/python scripts/results.py", clone / "runs" / "latest"
+    before = latest.resolve()
+    assert shell(f"{script} --stamp 'handwritten digits, 8×8'", clone) == ""
+    assert "handwritten digits, 8×8: up to date\n" in shell(f"{script} --check", clone)
+    assert latest.resolve() == before

@@ -123,6 +123,44 @@ def test_network_defaults():
     assert model.network_defaults("vit_tiny_patch16_224") == {**half, "image_size": 224}
 
 
+OLD = timm.models.get_deprecated_models()
+
+
+@pytest.mark.filterwarnings("error")
+def test_old_names_are_translated():
+    """Each name that timm has given up stands for the present one, with its configuration; the few
+    whose weights timm no longer has are refused.
+    """
+    assert model.network_defaults("xception")["image_size"] == 299
+    assert model.network_defaults("tf_efficientnet_b0_ap")["mean"] == [0.5] * 3
+    gone = []
+    for old, present in OLD.items():
+        try:
+            assert model.find_network(old) == ("timm", present)
+        except UserError:
+            gone.append(present)
+            continue
+        assert timm.is_model(present) and present not in OLD
+        assert model.network_defaults(old) == model.network_defaults(present)
+        assert "." not in present or timm.is_model_pretrained(present)
+    assert not any(map(timm.is_model_pretrained, gone)) and len(gone) < len(OLD) / 20
+
+
+@pytest.mark.filterwarnings("error")
+def test_weights_under_an_old_name(tmp_path):
+    """A weights file whose header has an old name of timm's loads, and gives the same logits."""
+    arguments = {"classes": 3, "channels": 3, "size": [64, 96]}
+    network = create_model("tf_efficientnet_b0.ap_in1k", **arguments).eval()
+    path = tmp_path / "model.safetensors"
+    header = HEADER | {"model": "tf_efficientnet_b0_ap", "model_args": arguments}
+    path.write_bytes(weights.encode(network.state_dict(), header))
+    loaded, prepare, _ = load_model(path)
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    assert loaded.input_size == network.input_size == (64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(prepare(images)), network(prepare(images)))
+
+
 def test_own_networks_need_torch_only():
     """`import model` and our own networks take hardly longer than torch's own start-up."""
     program = (

@@ -2,11 +2,15 @@
 
 import os
 import platform
+import re
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
+
+CPUINFO = Path("/proc/cpuinfo")  # Linux only
 
 
 def derive(seed: int, *counters: int) -> int:
@@ -36,12 +40,27 @@ def uniform(seed: int, epoch: int, index: Tensor, draws: int) -> Tensor:
     return (x >> 8).float() / (1 << 24)
 
 
+def describe_processor() -> dict:
+    """The processor's model, and its units for bf16, which change the speed and the last bits.
+
+    bf16: of avx512_bf16 and amx_bf16 (AMX) those that it has; [] where the system does not say.
+    """
+    text = CPUINFO.read_text() if CPUINFO.exists() else ""
+    named = re.search(r"model name\s*: (.*)", text)
+    return {
+        "processor": named[1] if named else platform.processor() or platform.machine(),
+        "bf16": [name for name in ("avx512_bf16", "amx_bf16") if f" {name}" in text],
+    }
+
+
 def environment(precision: str) -> dict:
     """What affects the last bits of a result besides the options."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
+        processor, bf16 = describe_processor().values()
+        vectors = torch.backends.cpu.get_cpu_capability()
+        device = f"{processor} with {', '.join([vectors, *bf16])}"
     found = {name: version(name) for name in ("torch", "torchvision", "accelerate", "timm")}
     return {
         "versions": {"python": platform.python_version(), **found},

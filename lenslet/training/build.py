@@ -25,7 +25,7 @@ from lenslet.training.clock import Plan, choose_width, measure_speed
 from lenslet.training.net import Freezer, Net, fit_batch_norm
 from lenslet.training.optimizers import create_optimizer
 from lenslet.weights import read_header
-from model import create_model, head_of, load_model, network_defaults
+from model import create_model, find_network, head_of, load_model, network_defaults
 
 
 @dataclass
@@ -145,13 +145,18 @@ def _load_data(args, accelerator: Accelerator) -> Data:
 
 
 def choose_statistics(args, data: Data, known: dict) -> list[list[float]]:
-    """Mean and deviation of each channel, 0..1 scale: as given, those that pretrained weights of
-    ours are used to (known), small images' own, or the network's.
+    """Mean and deviation of each channel, 0..1 scale: as given or in the recipe; else as pretrained
+    weights are used to; else small images' own; else the network's.
+
+    Pretrained weights of ours have theirs in their header (known).  Others, from timm, a file or a
+    URL, are used to those of their network (known is {}).  The network's are network_defaults():
+    timm's configuration or, where there is none, as for our own networks, ImageNet's.
+    Errors: UserError for a wrong number of values.
     """
     train, statistics, chosen = data.splits["train"], known, []
     if not known:
         statistics = network_defaults(args.model)
-        if args.pretrained != "timm" and train.in_memory and not (args.mean and args.std):
+        if not args.pretrained and train.in_memory and not (args.mean and args.std):
             parts = torch.arange(len(train)).split(256)
             statistics = channel_statistics(train.pixels(part) for part in parts)
     for key in ("mean", "std"):
@@ -248,7 +253,7 @@ def _read_planned(args) -> dict:
         header = read_header(args.plan)
         if not header.get("plan"):
             raise UserError("written before plans were kept")
-        if header["model"] != args.model:
+        if find_network(header["model"])[1] != args.model:
             raise UserError(f"is of {header['model']}, not of {args.model}")
     return header
 

@@ -49,7 +49,7 @@ def build_parser(description: str = "") -> cli.Parser:
     add("--overfit", metavar="N", type=number(int, 2), help=help)
     help = "side of the images that the network is fed (default: that of small images, or its own)"
     add("--image-size", metavar="PIXELS", type=count, help=help)
-    help = "mean of each channel, 0..1 scale (default: that of small images, or the network's)"
+    help = "mean of each channel, 0..1 scale (default: pretrained weights', images', or network's)"
     add("--mean", metavar="X", type=share, nargs="+", help=help)
     add("--std", metavar="X", type=number(float, 0, 1, above=True), nargs="+", help="deviation")
 
@@ -199,7 +199,7 @@ def complete(given: dict, data: str, recipe: str | None) -> argparse.Namespace:
     Errors: UserError for a name that is not known, and as check().
     """
     from lenslet.training.optimizers import check_optimizer  # these import torch
-    from model import network_defaults
+    from model import find_network
 
     parser = build_parser()
     layers = [cli.read_config(parser, recipe)] if recipe else []
@@ -217,7 +217,7 @@ def complete(given: dict, data: str, recipe: str | None) -> argparse.Namespace:
     with error_context("--optimizer"):
         check_optimizer(args.optimizer)
     with error_context("--model"):
-        network_defaults(args.model)
+        _, args.model = find_network(args.model)
     return args
 
 

@@ -23,6 +23,7 @@ from lenslet import files, weights
 from lenslet.data import download
 from lenslet.errors import OutsideError, UserError, error_context, nearest
 from lenslet.training.net import is_below
+from model import find_network
 
 PATIENCE = 15.0  # seconds that the hub has to say which weights it holds
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that a repository has is used
@@ -38,16 +39,18 @@ def read_weights(source: str, model: str) -> tuple[State, dict]:
     file.  The header is {} for files of other programs.
 
     Errors, without the source: UserError for a file that is missing, damaged, without tensors, in
-    need of code or, by its header, for another network, and for a network that timm has no weights
-    for; OutsideError where the source does not answer.
+    need of code or, by its header, for another network, and for a network that is unknown or that
+    timm has no weights for; OutsideError where the source does not answer.
     """
+    model = find_network(model)[1]
     if source == "timm":
         return _from_timm(model), {}
     if source.startswith(("http://", "https://")):
         tensors, header = _read_download(_from_url(source))
     else:
         tensors, header = _read_file(Path(source).expanduser())
-    if header and header["model"].partition(".")[0] != model.partition(".")[0]:
+    theirs = header and find_network(header["model"].partition(".")[0])[1]
+    if header and theirs.partition(".")[0] != model.partition(".")[0]:
         raise UserError(f"these weights are for {header['model']}, not for {model}: train that one")
     return tensors, header
 

@@ -65,6 +65,36 @@ def test_seed_step():
     assert len(seen) == 5
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        (
+            "model name\t: A 1\nflags\t\t: fpu avx512_bf16 amx_bf16 amx_tile",
+            "A 1 with X, avx512_bf16, amx_bf16",
+        ),
+        ("model name\t: A 1\nflags\t\t: fpu avx512_bf16", "A 1 with X, avx512_bf16"),
+        ("model name\t: A 1\nflags\t\t: fpu sse2", "A 1 with X"),
+        ("CPU implementer\t: 0x41\nFeatures\t: fp bf16", "arm 8 with X"),
+        (None, "arm 8 with X"),
+    ],
+)
+def test_device(cpuinfo, expected, tmp_path, monkeypatch):
+    """Without a GPU, the device is the processor's model and its units for bf16, AMX among them;
+    where the system has no list of those, what Python knows.
+    """
+    monkeypatch.setattr(determinism, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(determinism.platform, "processor", lambda: "arm 8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "X")
+    before = determinism.environment("no")
+    if cpuinfo:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert determinism.environment("no")["device"] == expected
+    changes = determinism.environment_changes(before, "no")
+    assert len(changes) == (expected != before["device"])
+    assert not changes or f"device was arm 8 with X, is {expected}: the last bits" in changes[0]
+
+
 def test_environment():
     """What is stored of versions, threads and processes is what is running."""
     found = determinism.environment("bf16")

@@ -167,6 +167,12 @@ def test_files_are_found_from_elsewhere(tmp_path, monkeypatch):
         assert complete(*words, name).pretrained == name
 
 
+def test_old_names_of_networks():
+    """What is stored of a network that timm has renamed is its present name."""
+    assert options.complete({"model": "xception"}, "digits", None).model == "legacy_xception"
+    refuse(lambda: options.complete({"model": "xceptoin"}, "digits", None), "--model: ", "xception")
+
+
 def test_find_run(tmp_path, monkeypatch):
     """A run is found by its folder, by anything in it and by runs/latest."""
     run = files.RUNS / "a"

@@ -156,6 +156,17 @@ def test_weights_of_another_network(tmp_path):
         pretrained.read_weights(str(path), "lenet")
 
 
+def test_old_names_of_timm(tmp_path, monkeypatch):
+    """Weights under an old name of timm's are the present network's, asked for by either name."""
+    path = tmp_path / "model.safetensors"
+    for stored in ("xception", "legacy_xception"):
+        path.write_bytes(weights.encode(trained().state_dict(), {"model": stored}))
+        for asked in ("xception", "legacy_xception", "legacy_xception.tf_in1k"):
+            assert pretrained.read_weights(str(path), asked)[1]["model"] == stored
+    monkeypatch.setattr(pretrained, "_from_timm", lambda name: {"name": name})
+    assert pretrained.read_weights("timm", "xception")[0] == {"name": "legacy_xception"}
+
+
 def test_code_is_refused(tmp_path):
     """A pickle that would run code runs none; one line names the code and a way out."""
     path = tmp_path / "evil.pth"
@@ -275,7 +286,7 @@ def test_damaged_download(serve):
         ("botnet50ts_256", "^timm has no weights for botnet50ts_256"),
         (
             "resnet18.no_such_tag",
-            r"^timm has no weights for resnet18\.no_such_tag \(did you mean resnet18",
+            r"^unknown model resnet18\.no_such_tag \(did you mean resnet18",
         ),
     ],
 )

@@ -1,0 +1,57 @@
+"""What a training starts from follows from the options, the images and the weights."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lenslet import weights
+from lenslet.data.batches import Split
+from lenslet.errors import UserError
+from lenslet.training import build
+
+IMAGENET = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+HALF = [[0.5] * 3, [0.5] * 3]
+
+
+@pytest.fixture
+def data():
+    """Two small images in colour: black and white."""
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    split = Split(images, torch.tensor([0, 1]), ["0", "1"])
+    return SimpleNamespace(splits={"train": split}, channels=3)
+
+
+def options(model="lenet", pretrained=None, mean=None, std=None):
+    return SimpleNamespace(model=model, pretrained=pretrained, mean=mean, std=std)
+
+
+@pytest.mark.parametrize("source", ["timm", "weights.pth", "https://example.org/weights.pth"])
+def test_weights_of_others_bring_the_statistics_of_their_network(data, source):
+    """Wherever weights of others come from, images are normalised as their network's were."""
+    assert build.choose_statistics(options(), data, {}) == HALF  # the images' own
+    for model in ("lenet", "resnet18"):
+        assert build.choose_statistics(options(model, source), data, {}) == IMAGENET
+    assert build.choose_statistics(options("tf_efficientnet_b0.ap_in1k", source), data, {}) == HALF
+
+
+def test_statistics_in_order(data):
+    """Those given come before those of weights of ours, and these before the images' own."""
+    ours = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    args = options(pretrained="model.safetensors")
+    assert build.choose_statistics(args, data, ours) == list(ours.values())
+    args.mean = [0.7]
+    for known, deviations in ((ours, ours["std"]), ({}, IMAGENET[1])):
+        assert build.choose_statistics(args, data, known) == [[0.7] * 3, deviations]
+    args.mean = [0.7, 0.8]
+    with pytest.raises(UserError, match="--mean: 2 numbers for 3 channels"):
+        build.choose_statistics(args, data, ours)
+
+
+def test_the_steps_of_a_network_under_its_old_name(tmp_path):
+    """--plan takes the steps of a run of the same network, under the name it had in timm then."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(weights.encode({"a": torch.zeros(1)}, {"model": "xception", "plan": [[0]]}))
+    assert build._read_planned(SimpleNamespace(plan=path, model="legacy_xception"))["plan"] == [[0]]
+    with pytest.raises(UserError, match="is of xception, not of lenet"):
+        build._read_planned(SimpleNamespace(plan=path, model="lenet"))
