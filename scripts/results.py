@@ -142,7 +142,7 @@ def stamp(row: dict) -> dict:
     from lenslet.weights import read_header
 
     words = words_of(row)
-    batch = choose_options(options.parse(words), 1).batch_size
+    batch = choose_options(options.parse(words)).batch_size
     words += ["--epochs", 2, "--limit", 10 * batch]  # twice ten steps, so that small sets do too
     words += ["--seed", 0, "--threads", 1, "--keep", "last", "--no-resume", "--output"]
     context = multiprocessing.get_context("spawn")  # each training in a fresh process
