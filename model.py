@@ -2,14 +2,16 @@
 
     python model.py                             our own: parameters, input and output shape
     python model.py 'resnet*' '*mobilenet*'     search all: parameters (1,000 classes), image size
+    python model.py fastnet                     a network layer by layer
 
 To bring a network of your own, write its class here and add it to NETWORKS: every command then
-takes its name.  It needs the arguments `classes` and `channels`, and create_model()'s attributes.
+takes its name.  All it needs is the arguments `classes` and `channels`.
 
-Importing this needs torch only.  timm and torchvision take seconds to import, so that happens when
-one of their networks is asked for, and never for our own.
+Importing this needs torch only: timm and torchvision, which take seconds, are imported when one of
+their networks is asked for (lenslet/libraries.py), and never for our own.
 """
 
+import copy
 import fnmatch
 import sys
 from functools import partial
@@ -19,11 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lenslet import weights
+from lenslet import libraries, stems, weights
 from lenslet.cli import create_parser, parse
 from lenslet.data.prepare import Prepare
 from lenslet.errors import UserError, error_context, nearest, run_main
-from lenslet.stems import fit_stem
 
 
 class TutorialCNN(nn.Sequential):
@@ -35,7 +36,6 @@ class TutorialCNN(nn.Sequential):
     """
 
     input_size = (32, 32)
-    stem_note = ""
 
     def __init__(self, classes: int, channels: int = 3):
         super().__init__(
@@ -61,7 +61,6 @@ class LeNet(nn.Module):
     """
 
     input_size = (32, 32)
-    stem_note = ""
 
     def __init__(self, classes: int, channels: int = 3):
         super().__init__()
@@ -91,8 +90,6 @@ class FastNet(nn.Module):
 
     width is the number of channels of the first block.  Call whiten() once, before training.
     """
-
-    stem_note = ""
 
     def __init__(self, classes: int, channels: int = 3, size=(32, 32), width: int = 32):
         super().__init__()
@@ -150,13 +147,13 @@ NETWORKS = {"fastnet": FastNet, "tutorial_cnn": TutorialCNN, "lenet": LeNet}
 
 
 def create_model(
-    name: str, classes: int, channels: int = 3, size: tuple[int, int] = (32, 32), **arguments
+    name: str, classes: int, channels: int = 3, size: int | tuple[int, int] = 32, **arguments
 ) -> nn.Module:
     """A new network with random weights: images [N, channels, *input_size] -> logits [N, classes].
 
-    name is one of NETWORKS, any timm name, or torchvision/ and a torchvision name; size is the
-    (height, width) of the images; arguments are those of our own networks (width).  The module
-    has two plain attributes:
+    name is one of NETWORKS, any timm name, or torchvision/ and a torchvision name; size is the side
+    or the (height, width) of the images; arguments are those of our own networks (width).  The
+    module has two plain attributes:
 
         input_size  (height, width) of what it must be fed: size, or the smallest it accepts above
                     that (its native size if it accepts no other)
@@ -165,11 +162,22 @@ def create_model(
     The same arguments always give the same structure; parameter names and shapes are those of the
     library's own network.  Errors: UserError for an unknown name or a network that takes no size.
     """
-    if name == "fastnet":  # ours that takes any size; the library's are fitted to it below
-        arguments["size"] = size
-    network = _construct(name, classes, channels, **arguments)
+    name = find_network(name)
+    size = (size, size) if isinstance(size, int) else tuple(size)
     if name not in NETWORKS:
-        fit_stem(network, name, channels, size, network_defaults(name)["image_size"])
+        network = libraries.construct(name, classes, channels)
+        stems.fit_stem(network, name, channels, size, network_defaults(name)["image_size"])
+        return network
+    if name == "fastnet":  # takes any size
+        arguments["size"] = size
+    network = NETWORKS[name](classes, channels, **arguments)
+    network.stem_note = ""
+    if not hasattr(network, "input_size"):
+        network.input_size = size
+        if error := stems.forward_error(copy.deepcopy(network).to("meta"), channels, size):
+            sides = "×".join(map(str, size))
+            reason = f"cannot take images of {sides} ({error}); give its class an input_size"
+            raise UserError(f"model {name} {reason}")
     return network
 
 
@@ -192,7 +200,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, Prepare, dict]:
             weights.check_shapes(tensors, create)
             model = create()
             model.load_state_dict(tensors)
-            prepare = Prepare(header["mean"], header["std"], model.input_size)
+            fed = header.get("input_size", model.input_size)
+            prepare = Prepare(header["mean"], header["std"], fed)
         except (RuntimeError, TypeError, ValueError) as error:
             reason = weights.one_line(error)
             raise UserError(f"the weights do not fit their header ({reason})") from error
@@ -207,20 +216,15 @@ def network_defaults(name: str) -> dict:
     mean, std      three floats each, 0..1 scale
     crop           share of the resized image's side that the centre crop keeps, 0..1
     """
-    library, name = find_network(name)
-    defaults = {  # what is usual on ImageNet; timm's networks have a configuration of their own
-        "image_size": 32 if library == "own" else 224,
+    name = find_network(name)
+    usual = {  # on ImageNet
+        "image_size": 32 if name in NETWORKS else 224,
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "crop": 0.875,
     }
-    if library == "timm":
-        import timm
-
-        if config := timm.get_pretrained_cfg(name):
-            defaults |= {"image_size": config.input_size[-1], "crop": config.crop_pct}
-            defaults |= {"mean": list(config.mean), "std": list(config.std)}
-    return defaults
+    foreign = name in NETWORKS or name.startswith("torchvision/")
+    return usual if foreign else usual | libraries.defaults(name)
 
 
 def head_of(network: nn.Module) -> list[str]:
@@ -247,61 +251,9 @@ def add_dropout(network: nn.Module, share: float) -> None:
         network.get_submodule(name).register_forward_pre_hook(drop)
 
 
-def find_network(name: str) -> tuple[str, str]:
-    """'own', 'timm' or 'torchvision', and a network's present name there; UserError if unknown."""
-    if name in NETWORKS:
-        return "own", name
-    if ":" in name:  # hf-hub:, hf_hub: and local-dir: let timm fetch whatever the name says
-        raise UserError(f"model {name}: give a plain timm name; names on a hub are not looked up")
-    if name in (theirs := _torchvision_names()):
-        return "torchvision", name
-    import timm
-
-    # timm makes networks by their old names too, but has no configuration or weights for those.
-    name = timm.models.get_deprecated_models().get(name) or name
-    # What follows a dot names pretrained weights, whose configuration is then used.
-    if timm.is_model(name) and ("." not in name or timm.is_model_pretrained(name)):
-        return "timm", name
-    if f"torchvision/{name}" in theirs:
-        hint = f" (did you mean torchvision/{name}?)"
-    else:
-        hint = nearest(name.partition(".")[0], [*NETWORKS, *timm.list_models(), *theirs])
-    raise UserError(
-        f"unknown model {name}{hint}; `python model.py` lists our own, "
-        "`python model.py 'resnet*'` searches timm's and torchvision's"
-    )
-
-
-def _torchvision_names() -> list[str]:
-    """torchvision's classification networks, as --model takes them."""
-    import torchvision
-
-    return ["torchvision/" + x for x in torchvision.models.list_models(torchvision.models)]
-
-
-def _construct(name: str, classes: int, channels: int, **arguments) -> nn.Module:
-    """A network as its library makes it, with the stem it was published with."""
-    library, name = find_network(name)
-    if library == "own":
-        return NETWORKS[name](classes, channels, **arguments)
-    if library == "timm":
-        import timm
-
-        return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
-    import torchvision
-
-    name, extra = name.removeprefix("torchvision/"), {}
-    if name in ("googlenet", "inception_v3"):  # without auxiliary outputs, and without the warning
-        extra = {"aux_logits": False, "init_weights": True}
-    network = torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
-    # torchvision takes no number of channels: its first convolution is changed.
-    first = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
-    if channels != first.in_channels:
-        first.in_channels = channels
-        weight = first.weight.new_empty(first.out_channels, channels, *first.kernel_size)
-        first.weight = nn.Parameter(weight)
-        first.reset_parameters()
-    return network
+def find_network(name: str) -> str:
+    """A network's name as it is stored, see libraries.find().  Errors: UserError for no network."""
+    return libraries.find(name, NETWORKS)
 
 
 def find_models(patterns: list[str]) -> list[str]:
@@ -309,9 +261,7 @@ def find_models(patterns: list[str]) -> list[str]:
 
     Errors: UserError for a pattern that matches nothing.
     """
-    import timm
-
-    known, found = [*NETWORKS, *timm.list_models(), *_torchvision_names()], set()
+    known, found = [*NETWORKS, *libraries.names()], set()
     for pattern in patterns:
         matching = fnmatch.filter(known, pattern) + fnmatch.filter(known, f"torchvision/{pattern}")
         if not matching:
@@ -325,7 +275,8 @@ def count_parameters(name: str, classes: int) -> str:
     """The number of a network's parameters, '-' where only real tensors could tell."""
     try:
         with torch.device("meta"):  # shapes without values take no memory and hardly any time
-            network = _construct(name, classes, channels=3)
+            create = NETWORKS.get(name) or partial(libraries.construct, name)
+            network = create(classes, channels=3)
     except RuntimeError:  # torchvision's RegNets copy values while they are made
         return "-"
     return f"{sum(p.numel() for p in network.parameters()):,}"
@@ -333,8 +284,15 @@ def count_parameters(name: str, classes: int) -> str:
 
 def main(argv=None) -> None:
     parser = create_parser(__doc__)
-    parser.add_argument("pattern", nargs="*", help="names to search for, in quotes: 'resnet*'")
+    parser.add_argument("pattern", nargs="*", help="a name, or patterns in quotes: 'resnet*'")
     patterns = parse(parser, argv).pattern
+    if len(patterns) == 1 and not set("*?[") & set(patterns[0]):
+        name = find_network(patterns[0])
+        network = create_model(name, classes=10, size=network_defaults(name)["image_size"])
+        images = torch.zeros(1, 3, *network.input_size)
+        print(libraries.layer_table(network, images))
+        print(f"{name}: {count_parameters(name, 10)} parameters for 10 classes")
+        return
     for name in find_models(patterns) if patterns else NETWORKS:
         count = count_parameters(name, classes=1000 if patterns else 10)  # 1000: ImageNet's
         if patterns:
@@ -345,6 +303,8 @@ def main(argv=None) -> None:
             images = torch.zeros(1, 3, *network.input_size)
             shapes = f"{list(images.shape)} -> {list(network(images).shape)}"
             print(f"{name:14}{count:>12} parameters   {shapes}")
+    for usual, name in libraries.USUAL.items() if not patterns else ():
+        print(f"{usual:28} is taken for {name}")
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ def fit_stem(
         }
         trial = copy.deepcopy(meta)
         _set_strides(trial, changes)
-        error = _forward_error(trial, channels, height, width)
+        error = forward_error(trial, channels, (height, width))
         if factor > 1:  # position embeddings of a fixed size may broadcast to 1×1, but not to 2×2
-            error = error or _forward_error(trial, channels, 2 * height, 2 * width)
+            error = error or forward_error(trial, channels, (2 * height, 2 * width))
         if not error:
             break
     else:
@@ -77,12 +77,14 @@ def _strided_layers(meta: nn.Module, channels: int, native: int) -> dict[str, tu
     for layer in names:
         if hasattr(layer, "stride") and not list(layer.children()):
             layer.register_forward_pre_hook(note)
-    _forward_error(network, channels, native, native)
+    forward_error(network, channels, (native, native))
     return found
 
 
-def _forward_error(meta: nn.Module, channels: int, height: int, width: int) -> str:
-    """Why a network on the meta device cannot take images of a size, in one line; '' if it can."""
+def forward_error(meta: nn.Module, channels: int, size: tuple[int, int]) -> str:
+    """Why a network on the meta device cannot take images of a size (height, width), in one line;
+    '' if it can.
+    """
 
     def check(layer, inputs, output):
         # torch 2.11 lets a convolution on the meta device return 0×8 where a real one fails.
@@ -92,7 +94,7 @@ def _forward_error(meta: nn.Module, channels: int, height: int, width: int) -> s
     for layer in meta.modules():
         layer.register_forward_hook(check)
     try:
-        meta(torch.empty(1, channels, height, width, device="meta"))
+        meta(torch.empty(1, channels, *size, device="meta"))
     except Exception as error:  # each network fails in its own way: assertions, shapes, values
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return ""

@@ -1,6 +1,7 @@
 """The networks: what they are made of and take, their names, and loading their weights."""
 
 import contextlib
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import model
 from lenslet import files, weights
@@ -136,7 +138,7 @@ def test_old_names_are_translated():
     gone = []
     for old, present in OLD.items():
         try:
-            assert model.find_network(old) == ("timm", present)
+            assert model.find_network(old) == present
         except UserError:
             gone.append(present)
             continue
@@ -176,11 +178,78 @@ def test_command_prints_own_networks():
     """`python model.py` shows each own network with its parameters, input and output shape."""
     command = [sys.executable, files.ROOT / "model.py"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert shown.splitlines() == [
+    assert shown.splitlines()[:3] == [
         "fastnet          1,089,720 parameters   [1, 3, 32, 32] -> [1, 10]",
         "tutorial_cnn       145,578 parameters   [1, 3, 32, 32] -> [1, 10]",
         "lenet               62,006 parameters   [1, 3, 32, 32] -> [1, 10]",
     ]
+    assert "shufflenetv2                 is taken for torchvision/shufflenet_v2_x1_0" in shown
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("mobilenetv3", "mobilenetv3_large_100"),
+        ("MobileNetV3", "mobilenetv3_large_100"),
+        ("shufflenetv2", "torchvision/shufflenet_v2_x1_0"),
+        ("adv-efficientnet-b2", "tf_efficientnet_b2.ap_in1k"),
+        ("se_resnext50", "seresnext50_32x4d"),
+        ("se_resnext50_32x4d", "seresnext50_32x4d"),
+        ("ResNet-18", "resnet18"),
+        ("torchvision/ResNet18", "torchvision/resnet18"),
+        ("FastNet", "fastnet"),
+    ],
+)
+def test_names_as_people_type_them(typed, meant):
+    """Case, hyphens and the usual names of papers and tutorials are understood."""
+    assert model.find_network(typed) == meant
+
+
+@pytest.mark.parametrize(("wrong", "near"), [("convnext", "convnext_"), ("vgg", "vgg11")])
+def test_hints_are_of_the_same_family(wrong, near):
+    """A name that many networks begin with hints at one of them."""
+    with pytest.raises(UserError, match=re.escape(f"(did you mean {near}")):
+        model.find_network(wrong)
+
+
+class Plain(nn.Module):
+    """A network as a user writes it: nothing but layers."""
+
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.linear = nn.Linear(channels * 32 * 32, classes)
+
+    def forward(self, images):
+        return self.linear(images.flatten(1))
+
+
+def test_a_network_of_ones_own(monkeypatch):
+    """A module in NETWORKS needs nothing else; a size that it cannot take is one line."""
+    monkeypatch.setitem(model.NETWORKS, "plain", Plain)
+    network = create_model("plain", 5, 1)
+    assert network.input_size == (32, 32) and network.stem_note == ""
+    assert network(torch.zeros(2, 1, 32, 32)).shape == (2, 5)
+    with pytest.raises(UserError, match="plain cannot take images of 28×28"):
+        create_model("plain", 5, 1, size=(28, 28))
+
+
+def test_size_is_a_side_too():
+    """One number is the side of a square."""
+    assert create_model("resnet18", 5, size=64).input_size == (64, 64)
+    assert create_model("fastnet", 5, size=24).input_size == (24, 24)
+
+
+def test_command_prints_layers(capsys):
+    """`python model.py NAME` shows a network layer by layer, with shapes and parameters."""
+    model.main(["lenet"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:2]] == [
+        ["conv1", "Conv2d", "[1,", "6,", "28,", "28]", "456"],
+        ["conv2", "Conv2d", "[1,", "16,", "10,", "10]", "2,416"],
+    ]
+    assert lines[-1] == "lenet: 62,006 parameters for 10 classes"
+    model.main(["resnet18"])
+    assert "layer4.1.conv2" in capsys.readouterr().out
 
 
 def test_command_searches_all_networks(capsys):

@@ -12,7 +12,7 @@ from lenslet import files
 LEVELS = [
     ["lenslet.files", "lenslet.grid", "lenslet.errors"],
     ["lenslet.header"],
-    ["lenslet.weights", "lenslet.stems", "lenslet.cli"],
+    ["lenslet.weights", "lenslet.stems", "lenslet.libraries", "lenslet.cli"],
     ["lenslet.distributed"],
     ["lenslet.data"],
     ["model", "lenslet.metrics"],

@@ -253,7 +253,7 @@ def _read_planned(args) -> dict:
         header = read_header(args.plan)
         if not header.get("plan"):
             raise UserError("written before plans were kept")
-        if find_network(header["model"])[1] != args.model:
+        if find_network(header["model"]) != args.model:
             raise UserError(f"is of {header['model']}, not of {args.model}")
     return header
 

@@ -217,7 +217,7 @@ def complete(given: dict, data: str, recipe: str | None) -> argparse.Namespace:
     with error_context("--optimizer"):
         check_optimizer(args.optimizer)
     with error_context("--model"):
-        _, args.model = find_network(args.model)
+        args.model = find_network(args.model)
     return args
 
 

@@ -42,14 +42,14 @@ def read_weights(source: str, model: str) -> tuple[State, dict]:
     need of code or, by its header, for another network, and for a network that is unknown or that
     timm has no weights for; OutsideError where the source does not answer.
     """
-    model = find_network(model)[1]
+    model = find_network(model)
     if source == "timm":
         return _from_timm(model), {}
     if source.startswith(("http://", "https://")):
         tensors, header = _read_download(_from_url(source))
     else:
         tensors, header = _read_file(Path(source).expanduser())
-    theirs = header and find_network(header["model"].partition(".")[0])[1]
+    theirs = header and find_network(header["model"].partition(".")[0])
     if header and theirs.partition(".")[0] != model.partition(".")[0]:
         raise UserError(f"these weights are for {header['model']}, not for {model}: train that one")
     return tensors, header
