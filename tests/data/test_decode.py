@@ -288,14 +288,18 @@ def test_truncated_photograph(tmp_path):
 
 
 def test_inspect(tmp_path):
-    """The longer side, whether all is grey (in files of colour too), and pixels if small."""
-    side, grey, pixels = inspect_image(save(tmp_path / "colour.png", RGB), 6)
+    """The longer side, whether all is grey (in files of colour too), the hash of the file's bytes,
+    and pixels if small.
+    """
+    path = save(tmp_path / "colour.png", RGB)
+    side, grey, sha256, pixels = inspect_image(path, 6)
     assert (side, grey) == (6, False)
+    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert np.array_equal(pixels, RGB)
-    side, grey, pixels = inspect_image(save(tmp_path / "g.png", np.stack([GREY] * 3, -1)), 3)
+    side, grey, _, pixels = inspect_image(save(tmp_path / "g.png", np.stack([GREY] * 3, -1)), 3)
     assert (side, grey) == (3, True)
     assert np.array_equal(pixels, GREY[..., None])
-    assert inspect_image(tmp_path / "colour.png", 5) == (6, False, None)
+    assert inspect_image(path, 5) == (6, False, sha256, None)
 
 
 def test_longer_side(tmp_path):
@@ -308,8 +312,8 @@ def test_a_narrow_photograph(tmp_path):
     """A JPEG of 5 by 100 pixels is small in one direction only, and whole."""
     path = tmp_path / "narrow.jpg"
     Image.new("RGB", (5, 100), "red").save(path)
-    side, grey, pixels = decode.inspect_image(path, 64)
-    assert (side, grey, pixels) == (100, False, None)
+    found = decode.inspect_image(path, 64)
+    assert (found.side, found.grey, found.pixels) == (100, False, None)
     assert decode.read_image(path, 3, (32, 32), 0.875).shape == (32, 32, 3)
 
 
