@@ -1,6 +1,9 @@
 """Images of every kind come out with the right pixels, or are named as unreadable."""
 
+import hashlib
 import io
+import os
+import socket
 import subprocess
 import sys
 
@@ -276,6 +279,43 @@ def test_unreadable(tmp_path, kind, read):
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert ("empty" in str(caught.value)) == (kind == "empty")
+
+
+NO_FILES = {
+    "pipe": "(no regular file)",
+    "socket": "(no regular file)",
+    "device": f"(a link to {os.devnull}: no regular file)",
+    "nowhere": "(a link to gone/b.png: No such file or directory)",
+    "loop": "(a link to a.png: Too many levels of symbolic links)",
+    "forbidden": "(Permission denied)",
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_file_is_never_opened(tmp_path, monkeypatch, kind):
+    """A pipe, which would wait for a writer, and its like are named with the reason instead."""
+    path = tmp_path / "a.png"
+    monkeypatch.chdir(tmp_path)  # a socket's path may have 108 bytes at most
+    targets = {"device": os.devnull, "nowhere": "gone/b.png", "loop": "a.png"}
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    elif kind == "forbidden":
+        path.touch()
+    else:
+        path.symlink_to(targets[kind])
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    assert decode.longer_side(path) == 0
+    for read in (lambda: read_image(path, 3), lambda: inspect_image(path, 64)):
+        with pytest.raises(UnreadableImage) as caught:
+            read()
+        assert str(caught.value) == f"{path}: cannot be read as an image {NO_FILES[kind]}"
 
 
 def test_truncated_photograph(tmp_path):
