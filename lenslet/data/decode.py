@@ -114,7 +114,7 @@ def _readable(path: str | Path) -> Iterator[None]:
     _ignore_pillow_warnings()
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for a writer
-            raise OSError("no regular file")
+            raise OSError("not a regular file")
         yield
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         if isinstance(error, UnidentifiedImageError):

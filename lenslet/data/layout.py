@@ -99,10 +99,10 @@ def natural_sort_key(text: str) -> list:
 def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
     """All image files below a folder, sorted, and the name endings of the other files there.
 
-    What is named like an image is in the list even if it cannot be read: who opens it says why.
-    Hidden files are in neither; links are followed.
-    Errors: UserError for a folder that cannot be read, for a link that leads nowhere and is not
-    named like an image, as it may stand for a folder, and for a link to a folder around it.
+    Links are followed, hidden files are in neither.  What is named like an image is listed even if
+    it cannot be read, which is found out when it is opened.
+    Errors: UserError for a folder that cannot be read, for a dangling link that is not named like
+    an image, since it may stand for a folder, and for a link to a folder that contains it.
     """
     images, others = [], []
     for _, found, rest in _walk(folder):
@@ -117,27 +117,27 @@ def _folders(top: Path) -> list[Path]:
 
 
 def _walk(folder: str | Path) -> Iterator[tuple[list[Path], list[Path], list[Path]]]:
-    """What lies directly in a folder, then in those below: folders, images, other files."""
+    """The folders, images and other files directly in a folder, then those in each one below it."""
     for top, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = [Path(top, name) for name in folders]
         files = [Path(top, name) for name in names if not name.startswith(".")]
         others = [path for path in files if path.suffix.lower() not in EXTENSIONS]
-        for path in others:  # images are looked at when they are read
+        for path in others:  # whether an image can be read is found out by reading it
             try:
                 path.stat()
             except OSError as error:
                 _refuse(error)
         for link in filter(Path.is_symlink, below):
-            place = link.parent.absolute()
-            around = place, *place.parents, *place.resolve().parents
-            if link.resolve() in map(Path.resolve, around):  # it would be walked without end
-                raise UserError(f"{link}: a link to a folder around it; remove the link")
+            here = link.parent.absolute()  # what contains it, by the way taken and by the real one
+            containing = here, *here.parents, *here.resolve().parents
+            if link.resolve() in map(Path.resolve, containing):  # following it would never end
+                raise UserError(f"{link}: a link to a folder that contains it; remove the link")
         yield below, [path for path in files if path.suffix.lower() in EXTENSIONS], others
 
 
 def _refuse(error: OSError) -> NoReturn:
     raise UserError(
         f"{error.filename}: cannot be read ({error.strerror}); "
-        "mount its disk, permit it to be read, or remove it"
+        "mount its disk, change its permissions, or remove it"
     ) from error

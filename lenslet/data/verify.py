@@ -67,20 +67,20 @@ def inspect_images(files: list[Path], small: int, store: Path, workers: int) -> 
 
 
 def _stamp(file: Path) -> list:
-    """What changes when a file does: [full path, size, time of its last change, and of its node's].
+    """What changes when a file does: [full path, size, mtime, ctime], the times in nanoseconds.
 
-    The last one changes too where files of one size and age change places.
+    Only ctime changes where two files of the same size and mtime exchange their names.
     """
+    path = os.path.realpath(file)
     try:
         state = file.stat()
-        times = state.st_mtime_ns, state.st_ctime_ns
-        return [os.path.realpath(file), state.st_size, *times]
-    except OSError:  # whoever reads it says why it cannot be read
-        return [os.path.realpath(file), None]
+    except OSError:  # the inspection says why it cannot be read
+        return [path, None]
+    return [path, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
 
 
 def _read_store(store: Path) -> dict[str, list]:
-    """full path → the rest of _stamp(), then longer side, grey and SHA-256, see Inspected."""
+    """full path → [size, mtime, ctime, longer side, grey, SHA-256], see _stamp() and Inspected."""
     try:
         return json.loads(store.read_text())
     except (FileNotFoundError, ValueError):  # it only saves time

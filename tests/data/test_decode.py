@@ -282,9 +282,9 @@ def test_unreadable(tmp_path, kind, read):
 
 
 NO_FILES = {
-    "pipe": "(no regular file)",
-    "socket": "(no regular file)",
-    "device": f"(a link to {os.devnull}: no regular file)",
+    "pipe": "(not a regular file)",
+    "socket": "(not a regular file)",
+    "device": f"(a link to {os.devnull}: not a regular file)",
     "nowhere": "(a link to gone/b.png: No such file or directory)",
     "loop": "(a link to a.png: Too many levels of symbolic links)",
     "forbidden": "(Permission denied)",

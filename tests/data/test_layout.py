@@ -201,7 +201,7 @@ def test_links_to_nowhere(tmp_path, make_folder, splits, target):
 
 
 def test_circles(tmp_path, make_folder):
-    """A link to a folder around it is refused, over two links too; it is not walked without end."""
+    """A link to a folder that contains it is refused, over two links too: walking would not end."""
     disk = tmp_path / "disk"
     (disk / "deep").mkdir(parents=True)
     (disk / "deep" / "back").symlink_to(tmp_path / "3" / "train")
@@ -209,10 +209,10 @@ def test_circles(tmp_path, make_folder):
         root = make_folder(tmp_path / str(number), {"train": 2, "train/ants/deep": 1})
         link = root / place
         link.symlink_to(root / "train" if place.startswith("train/") else root)
-        refuse_folder(root, link, "a folder around it")
+        refuse_folder(root, link, "a folder that contains it")
     link.unlink()
     (root / "train" / "ants" / "disk").symlink_to(disk / "deep")
-    refuse_folder(root, root / "train" / "ants" / "disk" / "back", "a folder around it")
+    refuse_folder(root, root / "train" / "ants" / "disk" / "back", "a folder that contains it")
     (disk / "deep" / "back").unlink()
     (disk / "deep" / "up").symlink_to(disk)
-    refuse_folder(root, root / "train" / "ants" / "disk" / "up", "a folder around it")
+    refuse_folder(root, root / "train" / "ants" / "disk" / "up", "a folder that contains it")
