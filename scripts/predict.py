@@ -10,6 +10,7 @@ read is named on standard error and the others are answered; the exit status is 
 import csv
 import glob
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -62,7 +63,7 @@ def main(argv=None) -> int:
 def find(words: list[str]) -> list[str]:
     """The image files that the command line means, in its order.
 
-    Errors: UserError for a folder or a pattern with no image in it.
+    Errors: UserError for a folder or a pattern with no image in it, or as of find_images().
     """
     from lenslet.data.layout import find_images
 
@@ -72,7 +73,7 @@ def find(words: list[str]) -> list[str]:
         if Path(word).is_dir():
             files = [str(path) for path in find_images(word)[0]]
         elif not Path(word).exists() and glob.has_magic(word):
-            files = [f for f in sorted(glob.glob(word, recursive=True)) if Path(f).is_file()]
+            files = [f for f in sorted(glob.glob(word, recursive=True)) if not os.path.isdir(f)]
         if not files:
             raise UserError(f"{word}: no images there")
         found += files

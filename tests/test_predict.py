@@ -118,6 +118,36 @@ def test_a_file_that_is_named_twice_is_answered_twice(run, pictures, capsys):
     assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == names
 
 
+@pytest.mark.parametrize("word", ["{}", "{}/*/*.png"])
+def test_images_that_are_no_files_are_named(run, pictures, capsys, word):
+    """Of a folder or a pattern, a link to nothing and a pipe are errors; the rest is answered."""
+    ants = pictures / "test" / "ants"
+    (ants / "0.png").rename(pictures / "0.png")
+    (ants / "0.png").symlink_to(ants / "gone.png")
+    os.mkfifo(ants / "pipe.png")
+    (ants / "folder.png").mkdir()
+    (pictures / "0.png").rename(ants / "folder.png" / "0.png")
+    assert predict.find([str(ants.parent / "bees")]) == [
+        str(ants.parent / "bees" / f"{i}.png") for i in range(3)
+    ]
+    assert run_main(predict.main, [word.format(ants.parent), "--weights", run]) == 1
+    said = capsys.readouterr()
+    answered = [line.split(": ")[0] for line in said.out.splitlines()]
+    assert len(answered) == (6 if word == "{}" else 5)
+    broken = [line.split(": ")[1] for line in said.err.splitlines()]
+    assert broken == [str(ants / "0.png"), str(ants / "pipe.png")]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(run, pictures, capsys):
+    """No image of a folder is left out because a part of it cannot be read."""
+    link = pictures / "test" / "more"
+    link.symlink_to(pictures / "gone")
+    said = refused(capsys, predict.main, pictures, "--weights", run)
+    assert said.startswith(f"error: {link}: cannot be read (No such file or directory); ")
+    said = refused(capsys, measure.main, "--weights", run)
+    assert f": {link}: cannot be read (No such file or directory); " in said
+
+
 def test_errors_blame_what_the_user_knows(run, pictures, tmp_path, capsys):
     """--data where it was given; else the weights whose data is gone or other than it was."""
     words = ["--weights", run]

@@ -78,7 +78,7 @@ class Data:
     image_size: tuple[int, int]  # height and width that images are read at
     crop: float  # share of a photograph's side that a centre crop keeps
     splits: dict[str, Split]
-    sha256: str  # of the sources, or of a folder's file names and sizes
+    sha256: str  # of the sources, or of a folder's file names and contents
     notes: list[str] = field(default_factory=list)  # what the user should know, a line each
 
     def to(self, device: torch.device) -> None:

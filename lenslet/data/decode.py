@@ -6,7 +6,11 @@ Training, testing and predicting decode an image with the same code: `read_image
 
 import contextlib
 import functools
+import hashlib
+import io
 import math
+import os
+import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +35,7 @@ class Inspected(NamedTuple):
 
     side: int  # the longer one, in pixels
     grey: bool  # whether all its pixels are, in a file of colours too
+    sha256: str  # of the file's bytes
     pixels: np.ndarray | None  # uint8 [H, W, 1 or 3] if it is small
 
 
@@ -81,29 +86,43 @@ def inspect_image(path: str | Path, small: int) -> Inspected:
     A larger JPEG file is decoded at an eighth of its size, which still meets every byte of it.
     Errors: UnreadableImage.
     """
-    with _open(path) as image:
-        side = max(image.size)
-        if side > small:
-            image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
-        pixels = np.asarray(_to_grey_or_rgb(image))
+    with _readable(path):
+        with open(path, "rb") as file:
+            content = file.read()
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            side = max(image.size)
+            if side > small:
+                image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+            pixels = np.asarray(_to_grey_or_rgb(image))
     grey = pixels.ndim == 2 or bool((pixels == pixels[..., :1]).all())
     if grey:
         pixels = pixels.reshape(*pixels.shape[:2], -1)[..., :1]
-    return Inspected(side, grey, pixels if side <= small else None)
+    digest = hashlib.sha256(content).hexdigest()
+    return Inspected(side, grey, digest, pixels if side <= small else None)
 
 
 @contextlib.contextmanager
 def _open(path: str | Path) -> Iterator[Image.Image]:
     """An image file, for as long as it is read.  Errors: UnreadableImage, here and in the block."""
+    with _readable(path), Image.open(path, formats=FORMATS) as image:
+        yield image
+
+
+@contextlib.contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """Errors: UnreadableImage where there is no such file, and for all that goes wrong inside."""
     _ignore_pillow_warnings()
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            yield image
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for a writer
+            raise OSError("not a regular file")
+        yield
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         if isinstance(error, UnidentifiedImageError):
             reason = "not a known kind of image" if Path(path).stat().st_size else "an empty file"
         else:
             reason = getattr(error, "strerror", None) or error
+        if os.path.islink(path):
+            reason = f"a link to {os.readlink(path)}: {reason}"
         raise UnreadableImage(f"{path}: cannot be read as an image ({reason})") from error
 
 

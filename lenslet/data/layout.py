@@ -3,8 +3,9 @@
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from lenslet import files
 from lenslet.data.split import split_by_hash
@@ -33,17 +34,18 @@ def list_folder(root: Path) -> Listing:
     """The images of a folder with train/ (and val/, test/) of classes, or with classes only.
 
     A folder with classes only is divided, see split_by_hash().
-    Errors: UserError where there is no such layout, fewer than two classes, or one without images.
+    Errors: UserError where there is no such layout, fewer than two classes, one without images, or
+    a folder that cannot be read, see find_images().
     """
     if not root.is_dir():
         raise UserError("no such folder")
-    divided = any(folder.is_dir() for folder in (root / "train").glob("*"))
-    tops = {split: root / split for split in SPLITS} if divided else {"train": root}
+    inside = {folder.name: folder for folder in _folders(root)}
+    divided = "train" in inside and bool(_folders(inside["train"]))
+    tops = {split: inside.get(split) for split in SPLITS} if divided else {"train": root}
     splits, ignored = {}, Counter()
     for split, top in tops.items():
         splits[split] = {}
-        folders = [d for d in top.glob("[!.]*") if d.is_dir()]
-        for folder in sorted(folders, key=lambda d: natural_sort_key(d.name)):
+        for folder in _folders(top) if top else []:
             splits[split][folder.name], others = find_images(folder)
             ignored.update(others)
     _check_classes(root, splits)
@@ -53,8 +55,7 @@ def list_folder(root: Path) -> Listing:
         notes.append(f"{ignored.total()} files ignored, not images by their names ({kinds})")
     if not divided:
         return Listing(_divide(root, splits["train"]), divided, notes)
-    unused = [d.name for d in root.glob("[!.]*") if d.is_dir() and d.name not in SPLITS]
-    if unused:
+    if unused := [name for name in inside if name not in SPLITS]:
         notes.append(f"folders ignored: {', '.join(unused)} (train, val and test are read)")
     return Listing(splits, divided, notes)
 
@@ -98,13 +99,45 @@ def natural_sort_key(text: str) -> list:
 def find_images(folder: str | Path) -> tuple[list[Path], list[str]]:
     """All image files below a folder, sorted, and the name endings of the other files there.
 
-    Hidden files are in neither; links to files are followed, those to folders are not.
+    Links are followed, hidden files are in neither.  What is named like an image is listed even if
+    it cannot be read, which is found out when it is opened.
+    Errors: UserError for a folder that cannot be read, for a dangling link that is not named like
+    an image, since it may stand for a folder, and for a link to a folder that contains it.
     """
-    paths = []
-    for top, folders, names in os.walk(folder):
+    images, others = [], []
+    for _, found, rest in _walk(folder):
+        images += found
+        others += [path.suffix or path.name for path in rest]
+    return sorted(images), others
+
+
+def _folders(top: Path) -> list[Path]:
+    """The folders directly below one, in natural order.  Errors: as of find_images()."""
+    return sorted(next(_walk(top))[0], key=lambda folder: natural_sort_key(folder.name))
+
+
+def _walk(folder: str | Path) -> Iterator[tuple[list[Path], list[Path], list[Path]]]:
+    """The folders, images and other files directly in a folder, then those in each one below it."""
+    for top, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(top, name) for name in names if not name.startswith(".")]
-    files = [path for path in sorted(paths) if path.is_file()]
-    images = [path for path in files if path.suffix.lower() in EXTENSIONS]
-    others = [path.suffix or path.name for path in files if path.suffix.lower() not in EXTENSIONS]
-    return images, others
+        below = [Path(top, name) for name in folders]
+        files = [Path(top, name) for name in names if not name.startswith(".")]
+        others = [path for path in files if path.suffix.lower() not in EXTENSIONS]
+        for path in others:  # whether an image can be read is found out by reading it
+            try:
+                path.stat()
+            except OSError as error:
+                _refuse(error)
+        for link in filter(Path.is_symlink, below):
+            here = link.parent.absolute()  # what contains it, by the way taken and by the real one
+            containing = here, *here.parents, *here.resolve().parents
+            if link.resolve() in map(Path.resolve, containing):  # following it would never end
+                raise UserError(f"{link}: a link to a folder that contains it; remove the link")
+        yield below, [path for path in files if path.suffix.lower() in EXTENSIONS], others
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(
+        f"{error.filename}: cannot be read ({error.strerror}); "
+        "mount its disk, change its permissions, or remove it"
+    ) from error

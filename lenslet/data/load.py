@@ -109,7 +109,7 @@ def load(
     for split, part in rows.items():
         names = [file.relative_to(root).as_posix() for file, _ in part]
         data.splits[split] = Split([file for file, _ in part], _labels(part), names)
-    data.sha256 = _digest(data.splits)
+    data.sha256 = _digest(data.splits, inspection)
     if max(image.side for image in images) <= SMALL and max(data.image_size) <= SMALL:
         _keep_in_memory(data, files, inspection)
     return data
@@ -201,10 +201,10 @@ def _keep_in_memory(data: Data, files: list[Path], inspection: Inspection) -> No
         split.images = stacked
 
 
-def _digest(splits: dict[str, Split]) -> str:
-    """SHA-256 of the names and sizes of the splits' files."""
+def _digest(splits: dict[str, Split], inspection: Inspection) -> str:
+    """SHA-256 of the names and contents of the splits' files."""
     listing = "".join(
-        f"{name}/{file_name}:{file.stat().st_size}\n"
+        f"{name}/{file_name}:{inspection.images[file].sha256}\n"
         for name, split in splits.items()
         for file_name, file in zip(split.names, split.images, strict=True)
     )

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,14 +28,14 @@ class Inspection(NamedTuple):
 def inspect_images(files: list[Path], small: int, store: Path, workers: int) -> Inspection:
     """Decode every file once, and keep the pixels where the longer side is at most `small`.
 
-    What was found of photographs is kept in the file `store`: they are decoded again only after
-    they have changed.
+    What was found of photographs is kept in the file `store`: they are read again only after they
+    have changed.
     """
     stamps, known = {file: _stamp(file) for file in files}, _read_store(store)
     images = {
-        file: Inspected(*known[path][2:], None)
+        file: Inspected(*known[path][3:], None)
         for file, (path, *state) in stamps.items()
-        if known.get(path, [])[:2] == state
+        if known.get(path, [])[:-3] == state
     }
     new = [file for file in files if file not in images]
     place = {file: i for i, file in enumerate(files)}
@@ -45,7 +46,7 @@ def inspect_images(files: list[Path], small: int, store: Path, workers: int) -> 
             continue
         if image.pixels is None:
             path, *state = stamps[file]
-            photographs[path] = [*state, image.side, image.grey]
+            photographs[path] = [*state, *image[:3]]
         else:
             # Moved into the array one by one: to stack them at the end would need twice the memory.
             planes = image.pixels.transpose(2, 0, 1)  # [C, H, W]
@@ -66,13 +67,20 @@ def inspect_images(files: list[Path], small: int, store: Path, workers: int) -> 
 
 
 def _stamp(file: Path) -> list:
-    """What changes when a file does: [full path, size, time of its last change]."""
-    state = file.stat()
-    return [str(file.resolve()), state.st_size, state.st_mtime_ns]
+    """What changes when a file does: [full path, size, mtime, ctime], the times in nanoseconds.
+
+    Only ctime changes where two files of the same size and mtime exchange their names.
+    """
+    path = os.path.realpath(file)
+    try:
+        state = file.stat()
+    except OSError:  # the inspection says why it cannot be read
+        return [path, None]
+    return [path, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
 
 
 def _read_store(store: Path) -> dict[str, list]:
-    """full path → [size, time of its last change, longer side, grey], see _stamp()."""
+    """full path → [size, mtime, ctime, longer side, grey, SHA-256], see _stamp() and Inspected."""
     try:
         return json.loads(store.read_text())
     except (FileNotFoundError, ValueError):  # it only saves time

@@ -1,6 +1,9 @@
 """Images of every kind come out with the right pixels, or are named as unreadable."""
 
+import hashlib
 import io
+import os
+import socket
 import subprocess
 import sys
 
@@ -278,6 +281,43 @@ def test_unreadable(tmp_path, kind, read):
     assert ("empty" in str(caught.value)) == (kind == "empty")
 
 
+NO_FILES = {
+    "pipe": "(not a regular file)",
+    "socket": "(not a regular file)",
+    "device": f"(a link to {os.devnull}: not a regular file)",
+    "nowhere": "(a link to gone/b.png: No such file or directory)",
+    "loop": "(a link to a.png: Too many levels of symbolic links)",
+    "forbidden": "(Permission denied)",
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_file_is_never_opened(tmp_path, monkeypatch, kind):
+    """A pipe, which would wait for a writer, and its like are named with the reason instead."""
+    path = tmp_path / "a.png"
+    monkeypatch.chdir(tmp_path)  # a socket's path may have 108 bytes at most
+    targets = {"device": os.devnull, "nowhere": "gone/b.png", "loop": "a.png"}
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    elif kind == "forbidden":
+        path.touch()
+    else:
+        path.symlink_to(targets[kind])
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    assert decode.longer_side(path) == 0
+    for read in (lambda: read_image(path, 3), lambda: inspect_image(path, 64)):
+        with pytest.raises(UnreadableImage) as caught:
+            read()
+        assert str(caught.value) == f"{path}: cannot be read as an image {NO_FILES[kind]}"
+
+
 def test_truncated_photograph(tmp_path):
     """The quick look at a large JPEG meets every byte of it: a cut one is found out."""
     path = save(tmp_path / "a.jpg", smooth(800, 900), quality=95)
@@ -288,14 +328,18 @@ def test_truncated_photograph(tmp_path):
 
 
 def test_inspect(tmp_path):
-    """The longer side, whether all is grey (in files of colour too), and pixels if small."""
-    side, grey, pixels = inspect_image(save(tmp_path / "colour.png", RGB), 6)
+    """The longer side, whether all is grey (in files of colour too), the hash of the file's bytes,
+    and pixels if small.
+    """
+    path = save(tmp_path / "colour.png", RGB)
+    side, grey, sha256, pixels = inspect_image(path, 6)
     assert (side, grey) == (6, False)
+    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert np.array_equal(pixels, RGB)
-    side, grey, pixels = inspect_image(save(tmp_path / "g.png", np.stack([GREY] * 3, -1)), 3)
+    side, grey, _, pixels = inspect_image(save(tmp_path / "g.png", np.stack([GREY] * 3, -1)), 3)
     assert (side, grey) == (3, True)
     assert np.array_equal(pixels, GREY[..., None])
-    assert inspect_image(tmp_path / "colour.png", 5) == (6, False, None)
+    assert inspect_image(path, 5) == (6, False, sha256, None)
 
 
 def test_longer_side(tmp_path):
@@ -308,8 +352,8 @@ def test_a_narrow_photograph(tmp_path):
     """A JPEG of 5 by 100 pixels is small in one direction only, and whole."""
     path = tmp_path / "narrow.jpg"
     Image.new("RGB", (5, 100), "red").save(path)
-    side, grey, pixels = decode.inspect_image(path, 64)
-    assert (side, grey, pixels) == (100, False, None)
+    found = decode.inspect_image(path, 64)
+    assert (found.side, found.grey, found.pixels) == (100, False, None)
     assert decode.read_image(path, 3, (32, 32), 0.875).shape == (32, 32, 3)
 
 

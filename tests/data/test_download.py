@@ -56,9 +56,10 @@ class Python2Pickler(pickle._Pickler):
     dispatch[bytes] = save_string
 
 
-def pickle_batch(images, labels):
+def pickle_batch(images, labels, **others):
     stream = io.BytesIO()
     batch = {b"data": images.reshape(-1, 3072), b"labels": labels.tolist()}
+    batch |= {name.encode(): value.tolist() for name, value in others.items()}
     Python2Pickler(stream, protocol=2).dump(batch)
     return stream.getvalue().replace(b"numpy._core", b"numpy.core")  # as numpy 1 spelt it
 
@@ -615,6 +616,19 @@ def test_unknown_name(capsys):
     assert all(name in message for name in sets.SETS)
     with pytest.raises(UserError, match=r"^no such data set .*, or give a folder of images$"):
         sets.is_set("cifar1O")
+
+
+def test_cifar100_has_its_hundred_classes():
+    """CIFAR-100's batches hold 20 coarse classes too: the labels are the fine ones', by name."""
+    spec, fine = sets.SETS["cifar100"], np.arange(100) * 37 % 100
+    images = np.zeros((100, 3, 32, 32), np.uint8)
+    batch = pickle_batch(images, fine // 50, coarse_labels=fine // 5, fine_labels=fine)
+    archive = make_tar({member: batch for [member] in spec["members"].values()})
+    for _, labels in sets.CONVERT["cifar"](spec, {"archive": archive}).values():
+        assert np.array_equal(labels, fine)
+    classes = spec["classes"]  # in alphabetical order, as in the archive's own list
+    assert len(set(classes)) == 100 and classes == sorted(classes)
+    assert (classes[0], classes[53], classes[99]) == ("apple", "orange", "worm")
 
 
 def test_digits(capsys):

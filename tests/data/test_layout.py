@@ -121,21 +121,98 @@ def test_odd_file_names(tmp_path, make_folder):
 def test_find_images(tmp_path):
     """Images of all depths and spellings, sorted; other endings; hidden files in neither.
 
-    A link to a file counts as one, a link to a folder is not followed: it could lead in a circle.
+    Links are followed.  What is named like an image is one, whether it can be read or not.
     """
+    there = tmp_path / "there"
     for name in ("b.PNG", "a.jpeg", "sub/deep/c.tiff", "sub.png", ".hidden.png", "notes.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "README").touch()
-    (tmp_path / "z.png").symlink_to(tmp_path / "b.PNG")
-    (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone.png")
-    (tmp_path / "sub" / "circle").symlink_to(tmp_path)
-    images, others = find_images(tmp_path)
-    assert [p.relative_to(tmp_path).as_posix() for p in images] == [
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).touch()
+    (there / "README").touch()
+    (there / "z.png").symlink_to(there / "b.PNG")
+    (there / "nowhere.png").symlink_to(there / "gone.png")
+    (there / "circle.png").symlink_to(there / "circle.png")
+    (there / ".nowhere").symlink_to(there / "gone")
+    (there / "d.png").mkdir()
+    os.mkfifo(there / "d.png" / "pipe.png")
+    (tmp_path / "other disk").mkdir()
+    (tmp_path / "other disk" / "e.png").touch()
+    (there / "sub" / "linked").symlink_to(tmp_path / "other disk")
+    images, others = find_images(there)
+    assert [p.relative_to(there).as_posix() for p in images] == [
         "a.jpeg",
         "b.PNG",
+        "circle.png",
+        "d.png/pipe.png",
+        "nowhere.png",
         "sub/deep/c.tiff",  # by its parts, as paths compare
+        "sub/linked/e.png",
         "sub.png",
         "z.png",
     ]
     assert sorted(others) == [".txt", "README"]
+
+
+def refuse_folder(root, path, reason):
+    """list_folder() refuses root with one line that names path, the reason and a remedy."""
+    with pytest.raises(UserError) as caught:
+        list_folder(root)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and reason in message and "remove" in message
+    assert "\n" not in message and "--" not in message
+
+
+@pytest.mark.parametrize("splits", [{"train": 2, "val": 1}, {"": 30}])
+def test_linked_folders(tmp_path, make_folder, splits):
+    """A class or a split that lies elsewhere and is linked is read as if it lay here."""
+    root = make_folder(tmp_path / "p", splits)
+    before = listed(root)
+    folders = ("train/ants", "train", "val") if "val" in splits else ("ants",)
+    for number, folder in enumerate(folders):
+        (root / folder).rename(tmp_path / f"disk {number}")
+        (root / folder).symlink_to(tmp_path / f"disk {number}")
+    assert listed(root) == before
+
+
+@pytest.mark.parametrize("folder", ["", "train", "val", "val/bees", "train/ants/deep"])
+def test_unreadable_folders(tmp_path, make_folder, monkeypatch, folder):
+    """A folder without permission is named; no image vanishes with it."""
+    root = make_folder(tmp_path / "p", {"train": 2, "train/ants/deep": 1, "val": 1})
+    real = os.scandir
+
+    def scandir(path):
+        if os.fspath(path) == str(root / folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    refuse_folder(root, root / folder, "Permission denied")
+
+
+@pytest.mark.parametrize("target", ["gone", "itself"])
+@pytest.mark.parametrize("splits", [{"train": 2, "val": 1}, {"": 30}])
+def test_links_to_nowhere(tmp_path, make_folder, splits, target):
+    """A link that leads nowhere may be a folder of a disk that is not mounted: it is named."""
+    places = ("test", "train/wasps", "train/ants/more", "val/ants/v1.0")
+    for number, place in enumerate(places if "val" in splits else ("wasps", "ants/more")):
+        root = make_folder(tmp_path / str(number), splits)
+        link = root / place
+        link.symlink_to(link if target == "itself" else tmp_path / "gone")
+        refuse_folder(root, link, "No such file" if target == "gone" else "Too many levels")
+
+
+def test_circles(tmp_path, make_folder):
+    """A link to a folder that contains it is refused, over two links too: walking would not end."""
+    disk = tmp_path / "disk"
+    (disk / "deep").mkdir(parents=True)
+    (disk / "deep" / "back").symlink_to(tmp_path / "3" / "train")
+    for number, place in enumerate(("train/all", "train/ants/all", "train/ants/deep/all", "val")):
+        root = make_folder(tmp_path / str(number), {"train": 2, "train/ants/deep": 1})
+        link = root / place
+        link.symlink_to(root / "train" if place.startswith("train/") else root)
+        refuse_folder(root, link, "a folder that contains it")
+    link.unlink()
+    (root / "train" / "ants" / "disk").symlink_to(disk / "deep")
+    refuse_folder(root, root / "train" / "ants" / "disk" / "back", "a folder that contains it")
+    (disk / "deep" / "back").unlink()
+    (disk / "deep" / "up").symlink_to(disk)
+    refuse_folder(root, root / "train" / "ants" / "disk" / "up", "a folder that contains it")

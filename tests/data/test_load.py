@@ -99,6 +99,18 @@ def test_folds_of_data(tmp_path, make_folder):
     refuse("val/ of its own", name=str(own), fold="1/3")
 
 
+def test_limit_of_a_set():
+    """So many images of a named set too, of all classes, and the test images are left alone."""
+    data = load("digits", SPLITS, limit=30)
+    assert {split: len(part) for split, part in data.splits.items()} == {
+        "train": 30,
+        "val": 30,
+        "test": 360,
+    }
+    for part in data.splits.values():
+        assert part.labels.unique().tolist() == list(range(10))
+
+
 @pytest.mark.parametrize("limit", [5, 12, 50, 99])
 def test_limit(tmp_path, make_folder, limit):
     """So many images, each class by its share and at least one of it, in their usual order."""
@@ -140,6 +152,28 @@ def test_broken_images(tmp_path, make_folder):
     assert len(data.splits["train"].rows) == 18
     assert "train/ants/3.png" not in data.splits["train"].names
     assert any("left out 3 images" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("size", [(12, 10), (70, 66)])
+def test_images_that_are_no_files(tmp_path, make_folder, size):
+    """A link to nothing, a circle, a pipe and a device count as broken images, each with why."""
+    root = make_folder(tmp_path / "p", {"train": 10}, size=size)
+    ants = root / "train" / "ants"
+    os.mkfifo(ants / "-.png")
+    (ants / "circle.png").symlink_to("circle.png")
+    (ants / "device.png").symlink_to(os.devnull)
+    (ants / "nowhere.png").symlink_to(tmp_path / "gone.png")
+    assert recipe_for(str(root)) == ("cifar10" if size[0] < 65 else "photos")
+    for _ in range(2):  # photographs are known then
+        with pytest.raises(UserError) as caught:
+            load(str(root), ["train"])
+        first, *listed = str(caught.value).splitlines()
+        assert first.startswith("4 of 24 images cannot be read")
+        for name, line in zip(("-", "circle", "device", "nowhere"), listed, strict=True):
+            assert line.startswith(f"{ants / name}.png: cannot be read as an image (")
+        data = load(str(root), ["train", "val"], skip_broken=True)
+        assert sum(map(len, data.splits.values())) == 20
+        assert data.notes == ["left out 4 images that cannot be read"]
 
 
 def test_class_all_broken(tmp_path, make_folder):
@@ -215,12 +249,26 @@ def test_channels(tmp_path, make_folder):
     assert torch.equal(images[0, 0], images[0, 2])
 
 
-def test_digest_of_a_folder(tmp_path, make_folder):
-    """The hash of a folder is that of its names and sizes, wherever it lies."""
-    first = load(str(make_folder(tmp_path / "p")), SPLITS).sha256
-    root = make_folder(tmp_path / "q")
+@pytest.mark.parametrize("size", [(12, 10), (70, 66)])
+def test_digest_of_a_folder(tmp_path, make_folder, size):
+    """The hash of a folder is that of its names and contents, wherever it lies; of photographs it
+    is also noticed that two of one size and age were exchanged since they were inspected.
+    """
+    first = load(str(make_folder(tmp_path / "p", size=size, suffix=".bmp")), SPLITS).sha256
+    root = make_folder(tmp_path / "q", size=size, suffix=".bmp")
+    a, b = root / "train/ants/0.bmp", root / "train/bees/0.bmp"
+    assert a.stat().st_size == b.stat().st_size
+    for file in (a, b):
+        os.utime(file, (1e9, 1e9))
+    for _ in range(2):
+        assert load(str(root), SPLITS).sha256 == first
+    a.rename(tmp_path / "a")
+    b.rename(a)
+    (tmp_path / "a").rename(b)
+    assert load(str(root), SPLITS).sha256 != first
+    make_folder(root, size=size, suffix=".bmp")
     assert load(str(root), SPLITS).sha256 == first
-    os.rename(root / "train/ants/0.png", root / "train/ants/another.png")
+    os.rename(a, root / "train/ants/another.bmp")
     assert load(str(root), SPLITS).sha256 != first
 
 

@@ -1,6 +1,11 @@
 """Every file is decoded once before training, and photographs only when they have changed."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 from PIL import Image
 
 from lenslet.data import verify
@@ -20,9 +25,39 @@ def test_inspected_once(tmp_path, make_folder, monkeypatch):
     Image.new("L", (70, 70)).save(files[4])
     changed = inspect_images(files, 64, store, 0).images
     assert seen[6:] == [files[4]]
-    assert changed[files[4]] == (70, True, None)
+    assert changed[files[4]][:2] == (70, True) and changed[files[4]].pixels is None
     store.write_text("no JSON")
     assert inspect_images(files, 64, store, 0).images == changed
+
+
+@pytest.mark.parametrize("key", ["st_size", "st_mtime_ns", "st_ctime_ns"])
+def test_what_changes_with_a_file(tmp_path, make_folder, monkeypatch, key):
+    """Another size, another time of change, and another file of the same two: each is noticed."""
+    root = make_folder(tmp_path / "p", {"train": 2}, size=(70, 66))
+    files, seen, store = sorted(root.rglob("*.png")), [], tmp_path / "inspected.json"
+    monkeypatch.setattr(verify, "inspect_image", lambda *a: seen.append(a[0]) or inspect_image(*a))
+    inspect_images(files, 64, store, 0)
+    real = Path.stat
+
+    def changed(path, **how):
+        state = real(path, **how)
+        if path != files[1]:
+            return state
+        kept = {name: getattr(state, name) for name in dir(state) if name.startswith("st_")}
+        return SimpleNamespace(**kept | {key: kept[key] + 1})
+
+    monkeypatch.setattr(Path, "stat", changed)
+    inspect_images(files, 64, store, 0)
+    assert seen[4:] == [files[1]]
+
+
+def test_a_store_without_hashes(tmp_path, make_folder):
+    """What an older store says of a photograph is not taken over: the hash is missing there."""
+    root = make_folder(tmp_path / "p", {"train": 2}, size=(70, 66))
+    files, store = sorted(root.rglob("*.png")), tmp_path / "inspected.json"
+    old = {str(f): [f.stat().st_size, f.stat().st_mtime_ns, 70, False] for f in files}
+    store.write_text(json.dumps(old))
+    assert inspect_images(files, 64, store, 0).images == {f: inspect_image(f, 64) for f in files}
 
 
 def test_small_images_share_an_array(tmp_path, make_folder):
