@@ -20,6 +20,27 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+# A header that weights may have: of lenet, for three classes.
+HEADER = {
+    "model": "lenet",
+    "model_args": {"classes": 3, "channels": 3},
+    "stem": "",
+    "classes": ["Öl", "日本", "T-shirt/top"],
+    "channels": 3,
+    "image_size": [32, 32],
+    "crop": 1.0,
+    "input_size": [32, 32],
+    "mean": [0.1, 0.2, 1 / 3],
+    "std": [0.5, 0.5, 0.5],
+    "data": "photos",
+    "data_sha256": "0" * 64,
+    "epoch": 7,
+    "validation": {"val_accuracy": 0.5},
+    "versions": {"torch": torch.__version__},
+    "options": {"lr": 1e-3, "model": None},
+}
+
+
 @pytest.fixture(autouse=True)
 def isolated(tmp_path, monkeypatch):
     """Runs and data of its own for every test; process-wide state as it was before."""

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import HEADER
 from torch import nn
 
 import model
@@ -85,7 +86,7 @@ def test_one_training_step(name, shape):
     ("wrong", "right"),
     [
         ("lennet", "lenet"),
-        ("resnet-18", "resnet18"),
+        ("resnet-18x", "resnet18"),
         ("resnet18.no_such_weights", "resnet18"),
         ("googlenet", "torchvision/googlenet"),
         ("shufflenet_v2_x1_0", "torchvision/shufflenet_v2_x1_0"),
@@ -341,21 +342,6 @@ def test_dropout():
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], 2 * plain[kept])
     assert 0.3 < (kept & (plain > 0)).sum() / (plain > 0).sum() < 0.7
-
-
-HEADER = {
-    "model": "lenet",
-    "model_args": {"classes": 3, "channels": 3},
-    "classes": ["ants", "bees", "cats"],
-    "channels": 3,
-    "image_size": [32, 32],
-    "crop": 1.0,
-    "mean": [0.1, 0.2, 1 / 3],
-    "std": [0.5, 0.5, 0.5],
-    "data": "photos",
-    "epoch": 1,
-    "options": {},
-}
 
 
 @pytest.fixture

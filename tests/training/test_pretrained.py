@@ -14,6 +14,7 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
+from conftest import HEADER
 from safetensors.torch import save_file
 from torch import nn
 
@@ -160,7 +161,7 @@ def test_old_names_of_timm(tmp_path, monkeypatch):
     """Weights under an old name of timm's are the present network's, asked for by either name."""
     path = tmp_path / "model.safetensors"
     for stored in ("xception", "legacy_xception"):
-        path.write_bytes(weights.encode(trained().state_dict(), {"model": stored}))
+        path.write_bytes(weights.encode(trained().state_dict(), HEADER | {"model": stored}))
         for asked in ("xception", "legacy_xception", "legacy_xception.tf_in1k"):
             assert pretrained.read_weights(str(path), asked)[1]["model"] == stored
     monkeypatch.setattr(pretrained, "_from_timm", lambda name: {"name": name})
