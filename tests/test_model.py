@@ -188,6 +188,22 @@ def test_whitening(channels):
     assert torch.allclose(product, torch.eye(half), atol=0.05)
 
 
+def test_fastnet_begins_with_identities():
+    """The first maps of a new block's convolutions are copies of what the convolution is fed."""
+    network = create_model("fastnet", 10, width=32)
+    for block in network.blocks:
+        for conv in (block.conv1, block.conv2):
+            images = torch.randn(2, conv.in_channels, 8, 8)
+            assert torch.equal(conv(images)[:, : conv.in_channels], images)
+
+
+def test_fastnet_logits():
+    """They are a linear layer's of each map's largest value, divided by 9."""
+    network, images = create_model("fastnet", 10, width=8).eval(), torch.rand(2, 3, 32, 32)
+    maps = network.blocks(F.relu(network.whitening(images)))
+    torch.testing.assert_close(network(images), maps.amax((2, 3)) @ network.head.weight.T / 9)
+
+
 @pytest.mark.parametrize("side", [16, 28, 32, 64])
 def test_fastnet_takes_any_size_and_width(side):
     """One set of weights serves every image size; the width is the first block's channels."""
