@@ -60,17 +60,17 @@ def photograph(letter, generator):
     return noisy(image, generator)
 
 
-def make_shapes(root, draw, counts, wrong=0):
+def make_shapes(root, draw, counts):
     """root/<split>/<class>/<number>.png: counts[split] images of each class, drawn by draw().
 
-    wrong: so many of test/, in each class, show the letter of the next class.
+    In test/ every fifth, from 0.png on, shows the letter of the next class.
     """
     generator = np.random.default_rng(0)
     for split, count in counts.items():
-        for k, letter in enumerate(CLASSES):
-            folder = root / split / letter
+        for k, name in enumerate(CLASSES):
+            folder = root / split / name
             folder.mkdir(parents=True)
             for number in range(count):
-                shown = CLASSES[(k + 1) % 3] if split == "test" and number < wrong else letter
-                draw(shown, generator).save(folder / f"{number}.png")
+                wrong = split == "test" and number % 5 == 0
+                draw(CLASSES[(k + wrong) % 3], generator).save(folder / f"{number}.png")
     return root

@@ -24,7 +24,7 @@ from lenslet import errors, files, weights
 from model import load_model
 
 measure = importlib.import_module("test")  # scripts/test.py, not the standard library's
-TINY = ["--model", "lenet", "--batch-size", "32", "--precision", "no", "--workers", "0"]
+TINY = ["--model", "lenet", "--precision", "no", "--workers", "0"]
 
 
 def call(main, *words):
@@ -36,14 +36,14 @@ def call(main, *words):
     return said.getvalue()
 
 
-def chain(folder, images, words, tta=()):
+def chain(folder, images, words):
     """Train, test and predict; what they left behind and said."""
     run = folder / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "RUNS", folder / "runs")
         patch.setattr(files, "DATA", folder / "data")
         call(train.main, "--data", images, "--output", run, *TINY, *words)
-        call(measure.main, "--weights", run, "--precision", "no", *tta)
+        call(measure.main, "--weights", run, "--precision", "no")
         answers = call(
             predict.main, images / "test", "--weights", run, "--top", "3", "--format", "csv"
         )
@@ -60,22 +60,20 @@ def chain(folder, images, words, tta=()):
 
 @pytest.fixture(scope="session")
 def letters(tmp_path_factory):
-    """Small images, which a network that is shown them mirrored too mistakes in part.  The learning
-    rate rises until it ruins the network: the best epoch is never the last.
+    """Small images, all of one size.  The learning rate rises until it ruins the network, so that
+    the best epoch is not the last.
     """
     folder = tmp_path_factory.mktemp("letters")
     images = make_shapes(folder / "images", small, {"train": 100, "val": 30, "test": 40})
-    words = "--epochs 12 --lr 0.05 --warmup 100% --schedule constant --augment standard --keep all"
-    return chain(folder, images, words.split(), ["--tta"])
+    words = "--epochs 14 --batch-size 32 --lr 0.04 --warmup 100% --schedule constant --seed 4"
+    return chain(folder, images, [*words.split(), "--augment", "light", "--keep", "all"])
 
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
-    """Images of which a crop is read, all learned; a fifth of those to test are of another class
-    than their folder says.
-    """
+    """Larger images, of which a crop is read."""
     folder = tmp_path_factory.mktemp("photographs")
-    images = make_shapes(folder / "images", photograph, {"train": 60, "val": 10, "test": 30}, 6)
+    images = make_shapes(folder / "images", photograph, {"train": 60, "val": 10, "test": 30})
     words = "--epochs 4 --batch-size 16 --lr 0.004 --image-size 32 --label-smoothing 0.1"
     return chain(folder, images, words.split())
 
@@ -142,14 +140,14 @@ def test_rows_of_the_report(done):
     assert [row["label"] for row in done.rows] == [file.parent.name for file in done.files]
 
 
-def test_wrong_folders_are_found(photographs):
+def test_wrong_folders_are_found(done):
     """What shows another letter than its folder says is mostly told to be the letter it shows."""
     found = {True: [], False: []}
-    for file, row in zip(photographs.files, photographs.rows, strict=True):
-        wrong = int(file.stem) < 6
+    for file, row in zip(done.files, done.rows, strict=True):
+        wrong = int(file.stem) % 5 == 0
         shown = CLASSES[(CLASSES.index(file.parent.name) + wrong) % 3]
         found[wrong].append(row["prediction"] == shown)
-    assert all(sum(hits) / len(hits) > 0.7 for hits in found.values())
+    assert all(sum(hits) / len(hits) > 0.6 for hits in found.values())
 
 
 def test_predict_gives_the_answers_of_the_report(done):
@@ -196,25 +194,35 @@ def test_figures_follow_from_the_rows(done):
         assert [row[key] for row in report["per_class"]] == pytest.approx(values)
 
 
-def test_tta(letters):
-    """--tta averages the answers to the image, shifted up and down, and to all three mirrored."""
-    images = pixels_of(letters)
+def test_tta(letters, tmp_path):
+    """--tta averages the answers to the image, shifted up and down, and to all three mirrored.
+
+    The network was not shown mirrored images, and answers otherwise to them: it is only said to be.
+    """
+    tensors, header = weights.read(letters.run / "model.safetensors")
+    header = {k: v for k, v in header.items() if k not in ("format", "version", "sha256")}
+    header["options"]["augment"] = "standard"
+    copy = tmp_path / "model.safetensors"
+    copy.write_bytes(weights.encode({k: v.clone() for k, v in tensors.items()}, header))
+    call(measure.main, "--weights", copy, "--precision", "no", "--tta")
+    found = json.loads((tmp_path / "report" / "metrics.json").read_text())["tta"]
+    images, labels = pixels_of(letters), labels_of(letters)
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     shown = ((0.5, images), (0.25, padded[:, :-2, :-2]), (0.25, padded[:, 2:, 2:]))
-    found, labels = letters.report["tta"], labels_of(letters)
-    losses = []
-    for ways in ((1, -1), (1,)):  # the second: without the mirror
-        mean = sum(
-            share / len(ways) * probabilities(letters.run, views[:, :, ::way].copy())
-            for share, views in shown
-            for way in ways
-        )
-        losses.append(F.nll_loss(mean.log(), labels).item())
-        if ways == (1, -1):
-            hits = (mean.argmax(1) == labels).double().mean().item()
-            assert found["top1"] == pytest.approx(hits, abs=0.01)  # an answer may waver
-    assert found["loss"] == pytest.approx(losses[0], abs=1e-3)
-    assert min(abs(found["loss"] - loss) for loss in (losses[1], letters.report["loss"])) > 0.01
+    plain, mirrored = (
+        sum(w * probabilities(letters.run, x[:, :, ::way].copy()) for w, x in shown)
+        for way in (1, -1)
+    )
+    mean = (plain + mirrored) / 2
+    assert found["loss"] == pytest.approx(F.nll_loss(mean.log(), labels).item(), abs=1e-4)
+
+    def apart(answers):
+        """How many images are counted elsewhere than in the report."""
+        counted = sklearn.metrics.confusion_matrix(labels, answers.argmax(1))
+        return abs(counted - found["confusion"]).sum() / 2
+
+    assert apart(mean) <= 1  # an answer may waver
+    assert min(apart(plain), apart(probabilities(letters.run, images))) >= 5
 
 
 def test_the_best_epoch_is_summed_up_and_kept(letters):
@@ -223,7 +231,7 @@ def test_the_best_epoch_is_summed_up_and_kept(letters):
     """
     epochs, summary = letters.metrics["epochs"], letters.metrics["summary"]
     best = max(epochs, key=lambda e: (e["val_accuracy"], -e["val_loss"]))
-    assert best["epoch"] < 12 and best["val_accuracy"] > epochs[-1]["val_accuracy"] + 0.1
+    assert best["epoch"] < 14 and best["val_accuracy"] > epochs[-1]["val_accuracy"] + 0.1
     assert summary["best_epoch"] == letters.report["epoch"] == best["epoch"]
     for key in ("val_accuracy", "val_f1", "val_loss"):
         assert summary[key] == best[key]
