@@ -7,6 +7,7 @@ import csv
 import importlib
 import io
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,6 +43,7 @@ def chain(folder, images, words):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "RUNS", folder / "runs")
         patch.setattr(files, "DATA", folder / "data")
+        patch.setattr(os, "fsync", os.fstat)
         call(train.main, "--data", images, "--output", run, *TINY, *words)
         call(measure.main, "--weights", run, "--precision", "no")
         answers = call(
