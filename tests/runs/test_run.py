@@ -571,6 +571,7 @@ def test_time_budget(command, pictures, tmp_path, monkeypatch, timer):
     assert call(*words) == 0
     summary = json.loads((tmp_path / "run" / "metrics.json").read_text())["summary"]
     assert summary["train_seconds"] == pytest.approx(3, abs=0.11)
+    assert timer.now == pytest.approx(1003.2, abs=0.11)  # one step is taken twice
     header = weights.read_header(tmp_path / "run" / "model.safetensors")
     assert header["plan"][: len(before["marks"])] == before["marks"]
 
