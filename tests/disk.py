@@ -1,8 +1,9 @@
-"""A disk that fails, or kills the process, at any call that changes it."""
+"""A disk that fails, or kills the process, at any call that changes it, or notes the calls."""
 
 import errno
 import io
 import os
+import shutil
 
 from lenslet import files
 
@@ -60,6 +61,39 @@ class Halting(io.FileIO):
         self.disk.touch()
         super().write(data[half:])
         return len(data)
+
+
+def record_order(monkeypatch, root) -> list:
+    """What is flushed, with a file's size, renamed and removed from now on, in this order, under
+    the names below root that it has then.
+    """
+    order, rmtree = [], shutil.rmtree
+
+    def below(path):
+        return os.path.relpath(path, root)
+
+    def flush(handle):
+        status = os.fstat(handle)
+        (path,) = (p for p in (root, *root.rglob("*")) if os.path.samestat(p.stat(), status))
+        order.append(("flush", below(path), status.st_size if path.is_file() else None))
+
+    def renamed(call):
+        def rename(before, after):
+            order.append(("rename", below(before), below(after)))
+            call(before, after)
+
+        return rename
+
+    def remove(path, *settings, **more):
+        if os.path.exists(path):
+            order.append(("remove", below(path), None))
+        rmtree(path, *settings, **more)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, renamed(getattr(os, name)))
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    return order
 
 
 def full():

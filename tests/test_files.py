@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from disk import Disk, full
+from disk import Disk, full, record_order
 
 from lenslet.files import atomic_write
 
@@ -35,6 +35,16 @@ def test_atomic_write(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
     with pytest.raises(FileNotFoundError):
         atomic_write(tmp_path / "none" / "file", "")
+
+
+def test_what_reaches_the_disk_first(tmp_path, monkeypatch):
+    """The whole new file is on the disk before it gets its name, and the name after that."""
+    atomic_write(tmp_path / "file", "old")
+    order = record_order(monkeypatch, tmp_path)
+    atomic_write(tmp_path / "file", "contents")
+    aside = order[0][1]
+    assert aside != "file"
+    assert order == [("flush", aside, 8), ("rename", aside, "file"), ("flush", ".", None)]
 
 
 def test_atomic_write_killed_at_each_call(tmp_path, disk):

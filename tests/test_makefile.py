@@ -175,7 +175,7 @@ def test_tensorboard_shows_each_run_once(root):
         url = next(filter(None, (re.search(r"http://\S+", line) for line in process.stdout)))[0]
 
         def shown(expected):
-            for _ in range(100):
+            for _ in range(900):
                 found = sorted(json.load(urlopen(f"{url}data/runs")))
                 if found == expected:
                     return
@@ -187,4 +187,4 @@ def test_tensorboard_shows_each_run_once(root):
         shown(["first", "first/report", "second"])
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=30)
+        process.wait(timeout=90)

@@ -15,6 +15,7 @@ from torch import nn
 import model
 from lenslet import files, weights
 from lenslet.errors import UserError, run_main
+from lenslet.header import NEEDED
 from model import create_model, load_model
 
 NAMES = [
@@ -296,6 +297,22 @@ def test_whitening(channels):
     assert torch.allclose(product, torch.eye(half), atol=0.05)
 
 
+def test_fastnet_begins_with_identities():
+    """The first maps of a new block's convolutions are copies of what the convolution is fed."""
+    network = create_model("fastnet", 10, width=32)
+    for block in network.blocks:
+        for conv in (block.conv1, block.conv2):
+            images = torch.randn(2, conv.in_channels, 8, 8)
+            assert torch.equal(conv(images)[:, : conv.in_channels], images)
+
+
+def test_fastnet_logits():
+    """They are a linear layer's of each map's largest value, divided by 9."""
+    network, images = create_model("fastnet", 10, width=8).eval(), torch.rand(2, 3, 32, 32)
+    maps = network.blocks(F.relu(network.whitening(images)))
+    torch.testing.assert_close(network(images), maps.amax((2, 3)) @ network.head.weight.T / 9)
+
+
 @pytest.mark.parametrize("side", [16, 28, 32, 64])
 def test_fastnet_takes_any_size_and_width(side):
     """One set of weights serves every image size; the width is the first block's channels."""
@@ -419,7 +436,7 @@ def test_files_that_are_no_model(tmp_path, trained):
 def test_incomplete_header(trained):
     """A header without what is needed to use the weights, or of an unknown network, is refused."""
     state = create_model("lenet", 3).state_dict()
-    for missing in HEADER:
+    for missing in NEEDED:
         header = {key: value for key, value in HEADER.items() if key != missing}
         trained.write_bytes(weights.encode(state, header))
         refuse(trained, f"lacks {missing}")

@@ -1,5 +1,6 @@
 """Every option of training does what it says, from train.py's command line on tiny data."""
 
+import csv
 import importlib
 import json
 import re
@@ -21,12 +22,13 @@ import model
 from lenslet import errors
 from lenslet.data import sets
 from lenslet.runs import launch
-from lenslet.training import options
+from lenslet.training import build, options
 
 measure = importlib.import_module("test")  # scripts/test.py, not the standard library's
 
 TINY = ["--model", "lenet", "--precision", "no", "--workers", "0", "--batch-size", "16"]
 DIGITS = ["--data", "digits", "--limit", "48", "--epochs", "2", *TINY]
+FASTNET = ["--model", "fastnet", "--width", "8"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -97,6 +99,17 @@ def test_the_loss_is_the_same_quantity_whatever_is_minimized(tmp_path, capsys):
         else:
             assert objective is None and "(" not in line
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def fastnet(tmp_path_factory, digits):
+    """A weights file of fastnet, which has batch norm; its tensors and header."""
+    folder = tmp_path_factory.mktemp("fastnet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lenslet.files, "RUNS", folder)
+        patch.setattr(lenslet.files, "DATA", digits)
+        tensors, header, _ = fit(folder / "run", *FASTNET)
+    return folder / "run" / "model.safetensors", tensors, header
 
 
 @pytest.mark.parametrize(
@@ -278,6 +291,22 @@ def test_plateau_lowers_the_rate(tmp_path):
     assert rates == pytest.approx([1e-9, 1e-9, 1e-10, 1e-11])
 
 
+def test_plateau_reaches_the_optimizer(tmp_path, monkeypatch):
+    """The optimizer steps at the rates that the scores so far bring it to."""
+    rates, create = [], build.create_optimizer
+
+    def create_watched(*settings):
+        optimizer = create(*settings)
+        optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+        return optimizer
+
+    monkeypatch.setattr(build, "create_optimizer", create_watched)
+    # No epoch is better than the first by more than 1; an epoch has three steps.
+    words = ["--schedule", "plateau:0.1:0", "--min-delta", "1", "--epochs", "4"]
+    fit(tmp_path / "run", *words)
+    assert rates == pytest.approx([1e-3] * 6 + [1e-4] * 3 + [1e-5] * 3)
+
+
 def test_keep_and_metric(tmp_path):
     """--keep last and all, and --metric, choose which epoch's weights are left."""
     words = ["--epochs", "4", "--lr", "0.01"]
@@ -330,6 +359,30 @@ def test_limit(tmp_path, capsys):
     assert call(measure.main, "--weights", tmp_path / "run" / "model.safetensors") == 0
     report = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
     assert report["images"] == 360
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--val", "0.5"], ["--val", "0.5", "--limit", "3"], ["--fold", "2/3"]],
+    ids=" ".join,
+)
+def test_without_test_images_those_of_the_validation_are_measured(make_folder, tmp_path, words):
+    """They are the very images that the epochs were validated on, and the figures are the same."""
+    pictures = make_folder(tmp_path / "pictures", {"train": 12}, size=(12, 12))
+    run = tmp_path / "run"
+    command = ["--data", pictures, *TINY, "--epochs", "1", "--output", run]
+    assert call(train.main, *command, *words) == 0
+    said = dict(zip(words[::2], words[1::2], strict=True))
+    chosen = {"val": float(said.get("--val", 0.1)), "fold": said.get("--fold")}
+    chosen["limit"] = int(said.get("--limit", 0)) or None
+    names = lenslet.data.load.load(str(pictures), ["val"], **chosen).splits["val"].names
+    assert call(measure.main, "--weights", run, "--precision", "no") == 0
+    rows = csv.DictReader((run / "report" / "predictions.csv").open())
+    assert [row["file"] for row in rows] == names
+    report = json.loads((run / "report" / "metrics.json").read_text())
+    validated = json.loads((run / "metrics.json").read_text())["epochs"][0]
+    assert (report["split"], report["top1"]) == ("val", validated["val_accuracy"])
+    assert report["loss"] == pytest.approx(validated["val_loss"], rel=1e-4)
 
 
 def test_image_weights(make_folder, tmp_path, capsys):
@@ -429,6 +482,36 @@ def test_pretrained_and_teacher(plain, make_folder, tmp_path, capsys):
     capsys.readouterr()
     assert call(train.main, *command, "--teacher", path) == 2
     assert "--teacher" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "standing"),
+    [
+        (["--freeze-epochs", "2"], "blocks"),
+        (["--freeze", "blocks.0*"], "blocks.0"),
+        (["--freeze-epochs", "1"], "none"),
+    ],
+)
+def test_statistics_of_frozen_layers_stand(fastnet, tmp_path, words, standing):
+    """Batch norm's statistics move in the layers that are trained, and in no others."""
+    path, before, _ = fastnet
+    tensors, _, _ = fit(tmp_path / "run", *FASTNET, "--pretrained", path, *words, "--keep", "last")
+    for name in before:
+        if "running" in name:
+            assert torch.equal(tensors[name], before[name]) == name.startswith(standing), name
+
+
+def test_a_teacher_stays_as_it_is(fastnet, tmp_path, monkeypatch):
+    """A teacher answers as it does in an evaluation, and learns nothing from what it is shown."""
+    path, _, header = fastnet
+    loaded, load_model = [], build.load_model
+    monkeypatch.setattr(
+        build, "load_model", lambda path: loaded.append(load_model(path)) or loaded[-1]
+    )
+    fit(tmp_path / "run", "--teacher", path)
+    ((teacher, *_),) = loaded
+    assert not any(module.training for module in teacher.modules())
+    assert lenslet.weights.digest(teacher.state_dict()) == header["sha256"]
 
 
 def test_the_grid_shows_what_is_trained_on(tmp_path):

@@ -24,6 +24,7 @@ from lenslet.data.transfer import Mismatch, Unavailable, limit, open_url, size_o
 from lenslet.errors import OutsideError, UserError, error_context
 
 FLOOR = 200_000  # bytes/s: a slower source is abandoned while another may be faster
+LITTLE = 10_000  # bytes: a try that brings fewer is the last
 GRACE = 1.0  # s that the other sources have to answer once one has
 
 
@@ -112,8 +113,8 @@ def download_file(url: str, folder: Path) -> Path:
         except Mismatch as error:
             part.unlink()
             raise OutsideError(f"{url}: {error}") from None
-        # One that breaks off may bring more the next time, if it brings anything to speak of.
-        if problem and size_of(part) - before < transfer.LEAST * transfer.WINDOW:
+        # One that breaks off may bring more the next time, if it brought anything to speak of.
+        if problem and size_of(part) - before < LITTLE:
             raise OutsideError(f"{url}: {problem}; download it otherwise, and give the file")
     named = re.search(r"-([0-9a-f]{8,})\.", file)
     if named and not digest("sha256", part.read_bytes()).startswith(named[1]):
@@ -195,7 +196,7 @@ def _fetch(file: str, checks: dict, problems: dict[str, str], folder: Path) -> b
             problems[source] = problem
             _report(file, source, problem)
             furthest = max(furthest, size_of(part))
-        if not speeds or (turn and furthest - before < transfer.LEAST * transfer.WINDOW):
+        if not speeds or (turn and furthest - before < LITTLE):
             raise _exhausted(file, problems)
 
 

@@ -5,6 +5,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from lenslet.data.batches import Batch, BatchSampler, Data, Split, evenly_spaced, on_device
@@ -203,6 +204,22 @@ def test_random_crops(tmp_path, make_folder):
         assert all(np.array_equal(image, first[i]) for i, image in half.items())
     for other in (crops(1, 8), crops(0, 8, seed=4)):
         assert not any(np.array_equal(other[i], first[i]) for i in range(8))
+
+
+def test_equal_photographs_are_cropped_apart(tmp_path):
+    """Copies of one photograph are cropped each in its own way, and in each epoch in another."""
+    down, across = np.mgrid[0:80, 0:100].astype(np.uint8)
+    image = Image.fromarray(np.stack([2 * across, 3 * down, down + across], 2))
+    for name in ("ants", "bees"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for k in range(4):
+            image.save(tmp_path / "train" / name / f"{k}.png")
+    data = load(str(tmp_path), ["train"], val=0, photo_size=16)
+    loader = data.loader("train", 3, seed=0, augment="standard")
+    crops = set()
+    for loader.sampler.epoch in range(3):
+        crops |= {x.numpy().tobytes() for batch in batches(loader) for x in batch.images}
+    assert len(crops) == 24
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -13,7 +13,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from disk import Disk, full
+from disk import Disk, full, record_order
 from safetensors import SafetensorError
 from torch import nn
 
@@ -389,6 +389,25 @@ def copies(base, tmp_path):
         if base:
             shutil.copytree(base, folder)
         yield at, folder
+
+
+def test_what_reaches_the_disk_first(tmp_path, monkeypatch):
+    """All files, then the folder with their names, are on the disk before it gets its own name, and
+    that before an older one is removed.
+    """
+    order, folder, saved = record_order(monkeypatch, tmp_path), tmp_path / "checkpoint", [None]
+    for step in (1, 2, 3):
+        saved.append(save_checkpoint(folder, step, state(step), b"weights", saved[-1]))
+        path, aside = saved[-1], f"checkpoint/.{saved[-1].name}"
+        wanted = [("flush", f"{aside}/{name}", (path / name).stat().st_size) for name in FILES]
+        wanted += [("flush", aside, None), ("rename", aside, f"checkpoint/{path.name}")]
+        wanted += [("flush", "checkpoint", None)]
+        if step == 1:
+            wanted.insert(0, ("flush", ".", None))
+        if step == 3:
+            wanted.append(("remove", f"checkpoint/{saved[1].name}", None))
+        assert order == wanted
+        order.clear()
 
 
 @pytest.mark.parametrize("act", [full, interrupt])

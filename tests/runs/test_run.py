@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from lenslet import errors, files, metrics, weights
 from lenslet.data import augment
 from lenslet.distributed import interrupts
 from lenslet.runs import checkpoint
+from lenslet.runs import run as run_module
 from lenslet.runs.run import Progress, Run
 from lenslet.training import build, clock, losses
 from lenslet.training.net import Net
@@ -570,7 +572,23 @@ def test_vanished_image(make_folder, tmp_path, monkeypatch, capsys):
     assert str(lost) in error and len(error.splitlines()) == 1
 
 
-def test_time_budget(command, pictures, tmp_path, monkeypatch):
+@pytest.fixture
+def timer(monkeypatch):
+    """The clock of runs, which moves by `timer.step` seconds at each step, and at nothing else."""
+    timer, advance = SimpleNamespace(now=1000.0, step=0.2), Run.advance
+
+    def advance_later(*args):
+        timer.now += timer.step
+        return advance(*args)
+
+    monkeypatch.setattr(Run, "advance", advance_later)
+    for module in (run_module, build):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: timer.now))
+    monkeypatch.setattr(run_module, "device_time", lambda device: timer.now)
+    return timer
+
+
+def test_time_budget(command, pictures, tmp_path, monkeypatch, timer):
     """A run by the clock that was killed goes on with its plan and the time left; and the plan that
     came of it gives the same weights again, whatever the clock says then.
     """
@@ -581,12 +599,15 @@ def test_time_budget(command, pictures, tmp_path, monkeypatch):
     newest, _ = checkpoint.newest_checkpoint(tmp_path / "run" / "checkpoint")
     before = checkpoint.load_checkpoint(newest)["progress"]
     assert before["marks"][-1][1] > 0
+    timer.step = 0.1  # the machine is faster now
     assert call(*words) == 0
     summary = json.loads((tmp_path / "run" / "metrics.json").read_text())["summary"]
-    assert summary["train_seconds"] == pytest.approx(3, rel=0.2)
+    assert summary["train_seconds"] == pytest.approx(3, abs=0.11)
+    assert timer.now == pytest.approx(1003.2, abs=0.11)  # one step is taken twice
     header = weights.read_header(tmp_path / "run" / "model.safetensors")
     assert header["plan"][: len(before["marks"])] == before["marks"]
 
+    timer.step = 7.0
     again = ["--data", pictures, "--output", tmp_path / "again", *TINY, "--time", "3s"]
     assert call(*again, "--plan", tmp_path / "run" / "model.safetensors") == 0
     repeated = weights.read_header(tmp_path / "again" / "model.safetensors")
@@ -594,11 +615,12 @@ def test_time_budget(command, pictures, tmp_path, monkeypatch):
     assert repeated["plan"][: len(header["plan"])] == header["plan"]
 
 
-def test_time_budget_keeps_its_width(pictures, tmp_path, monkeypatch):
+def test_time_budget_keeps_its_width(pictures, tmp_path, monkeypatch, timer):
     """The network that the clock chose is the one that goes on, though the machine is faster."""
     words = ["--data", pictures, "--output", tmp_path / "run", "--model", "fastnet"]
     words += ["--time", "2s", "--batch-size", "8", "--workers", "0", "--precision", "no"]
     words += ["--save-every", "1"]
+    timer.step = 0.4
     with monkeypatch.context() as patch:
         patch.setattr(build, "measure_speed", lambda *_: 1e-9)
         at_call(patch, 3, interrupts.Interrupts, "agree", crash)

@@ -1,6 +1,7 @@
 """A network is frozen in parts, averaged, wrapped and given back as training needs it."""
 
 import copy
+import json
 import math
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -302,6 +303,31 @@ def test_state(optimizer):
     for key in ("bare", "evaluated"):
         ours, theirs = getattr(trained, key).state_dict(), getattr(other, key).state_dict()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_scale_of_fp16_goes_on():
+    """A net that is given another's state scales losses as that one did, and changes the scale
+    after as many steps.
+    """
+
+    def scaled():
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+        return distributed(Processes(num_processes=1, scaler=scaler)), scaler
+
+    def step(trained, scaler):
+        loss = trained.model(torch.ones(2, 3, 8, 8)).square().sum()
+        scaler.scale(loss).backward()
+        scaler.step(trained.optimizer)
+        scaler.update()
+        trained.optimizer.zero_grad()
+        return scaler.get_scale()
+
+    first, other = scaled(), scaled()
+    assert [step(*first) for _ in range(5)] == [8, 8, 16, 16, 16]
+    state = first[0].state()
+    state["scaler"] = json.loads(json.dumps(state["scaler"]))  # as a checkpoint holds it
+    other[0].load_state(state)
+    assert [step(*other) for _ in range(3)] == [step(*first) for _ in range(3)] == [32, 32, 32]
 
 
 def test_statistics_of_each_process_are_its_own():

@@ -8,13 +8,11 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections import OrderedDict
 
 import pytest
 import timm
 import torch
-from conftest import HEADER
 from safetensors.torch import save_file
 from torch import nn
 
@@ -206,7 +204,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.asked = files, []
+        self.files, self.asked, self.closing = files, [], threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
 
@@ -218,7 +216,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked.append(self.path)
         if "mute" in self.path or "test_vit." in self.path:
-            time.sleep(3)
+            self.server.closing.wait(120)  # longer than anyone should have waited for it
         if "test_vit" in self.path:
             return
         body = self.server.files.get(self.path.partition("?")[0])
@@ -249,6 +247,7 @@ def serve(monkeypatch):
 
     yield start
     for server in servers:
+        server.closing.set()
         server.shutdown()
         server.server_close()
 
@@ -299,20 +298,21 @@ def test_networks_without_weights_of_timm(name, message):
 
 
 HUB = """
-import json, sys, time, torch
+import json, sys, torch
 from lenslet.errors import OutsideError
 from lenslet.training import pretrained
-pretrained.PATIENCE, errors = 0.5, {}
+pretrained.PATIENCE, errors = 60, {}
 torch.manual_seed(0)
 for _ in range(2):
     tensors, header = pretrained.read_weights("timm", "test_resnet.r160_in1k")
 torch.save([tensors, torch.rand(1)], sys.argv[1])
-for name in ("test_vit", "test_vit2", "test_efficientnet"):
-    started = time.monotonic()
+for name in ("test_vit2", "test_efficientnet", "test_vit"):
+    if name == "test_vit":  # which never answers
+        pretrained.PATIENCE = 0.5
     try:
         pretrained.read_weights("timm", name)
     except OutsideError as error:
-        errors[name] = [str(error), error.status, time.monotonic() - started]
+        errors[name] = [str(error), error.status]
 print(json.dumps(errors))
 """
 
@@ -335,6 +335,7 @@ def test_hub(serve, tmp_path):
         capture_output=True,
         text=True,
         check=True,
+        timeout=100,  # less than the mute server takes
     )
     tensors, drawn = torch.load(tmp_path / "read")
     assert same(tensors, state)
@@ -345,9 +346,9 @@ def test_hub(serve, tmp_path):
     lines = json.loads(done.stdout)
     why = {"test_vit": "no answer in 0.5 s", "test_vit2": "disconnected", "test_efficientnet": ""}
     for name, reason in why.items():
-        line, status, seconds = lines[name]
+        line, status = lines[name]
         assert f"{server.url}/timm/{name}" in line and reason in line and "\n" not in line
-        assert status == 1 and seconds < 2.5
+        assert status == 1
 
 
 def test_errors_end_a_command_in_one_line(capsys):
