@@ -22,6 +22,7 @@ def command(script: str, *words) -> str:
 
 
 BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
+DEVICE = "cpu, cuda, cuda:1, mps, …; auto: the GPU if there is one, else the CPU"
 RENAMED = {"picture-weights": "image-weights"}  # what older files call an option
 
 
@@ -140,8 +141,11 @@ def config_words(parser: Parser, path: Path) -> list[str]:
 
 
 def stored(options: argparse.Namespace) -> dict:
-    """The options that a run is made of: all but those that say where to read them."""
-    return {key: value for key, value in vars(options).items() if key not in ("config", "resume")}
+    """The options that a run is made of: not where they are read or computed, nor, by the clock,
+    epochs.
+    """
+    others = {"config", "resume", "device"} | ({"epochs"} if options.time else set())
+    return {key: value for key, value in vars(options).items() if key not in others}
 
 
 def as_yaml(values: dict) -> str:
@@ -235,8 +239,7 @@ def add_precision_option(add, auto: str = "bf16 where the processor or GPU has i
 
 def add_device_options(add) -> None:
     """Where trained weights compute, and in which precision."""
-    help = "cpu, cuda, cuda:1, mps, …; auto: the GPU if there is one, else the CPU"
-    add("--device", default="auto", help=help)
+    add("--device", default="auto", help=DEVICE)
     add_precision_option(add, "as in training where the device has that natively, else no")
 
 

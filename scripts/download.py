@@ -26,7 +26,8 @@ def main(argv=None):
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help="data sets to fetch")
     add("--source", metavar="URL-or-file-or-folder", help="of the archives (default: public ones)")
-    add("--export", metavar="FOLDER", type=Path, help="write FOLDER/{train,test}/<class>/*.png")
+    help = "write FOLDER/{train,val,test}/<class>/*.png, with the images that training validates on"
+    add("--export", metavar="FOLDER", type=Path, help=help)
     args = parse(parser, argv)
     target = args.export
     if len(args.names) > 1 and (args.source or target):
@@ -36,7 +37,8 @@ def main(argv=None):
 
     # torch takes a second or two to import, which --help and a misspelt option need not wait for.
     from lenslet.data import sets
-    from lenslet.data.load import load
+    from lenslet.data.load import load, recipe_for
+    from lenslet.training import options
 
     for name in args.names:
         with error_context(name):  # a misspelt name ends the command before any download
@@ -45,9 +47,10 @@ def main(argv=None):
         with error_context(f"--source {args.source}") if args.source else nullcontext():
             folder = sets.ensure(name, args.source)
         data = load(name, ["train", "test"], val=0)
-        if target:
-            export(data, target)
         train, test = (len(data.splits[split]) for split in ("train", "test"))
+        if target:
+            val = options.complete({}, name, recipe_for(name)).val
+            export(load(name, ["train", "val", "test"], val=val), target)
         shape = "×".join(map(str, (data.channels, *data.image_size)))
         print(
             f"{name} is in {target or folder}: {train} training and {test} test images of "
@@ -57,7 +60,7 @@ def main(argv=None):
 
 
 def export(data, target: Path) -> None:
-    """Write a set's images as target/{train,test}/<class>/<index>.png, all or nothing."""
+    """Write a set's images as target/<split>/<class>/<index>.png, all or nothing."""
     from tqdm import tqdm
 
     from lenslet.grid import encode_png
@@ -71,7 +74,7 @@ def export(data, target: Path) -> None:
             for name in names:
                 (aside / split / name).mkdir(parents=True)
             for i in tqdm(range(len(part)), split, leave=False, disable=None):
-                path = aside / split / names[part.labels[i]] / f"{i:05d}.png"
+                path = aside / split / names[part.labels[i]] / f"{int(part.names[i]):05d}.png"
                 path.write_bytes(encode_png(part.pixels(i)))
         if target.exists():
             target.rmdir()  # an empty folder, which only POSIX lets a rename replace

@@ -22,7 +22,7 @@ import model
 from lenslet import errors
 from lenslet.data import sets
 from lenslet.runs import launch
-from lenslet.training import build, options
+from lenslet.training import checks, options
 
 measure = importlib.import_module("test")  # scripts/test.py, not the standard library's
 
@@ -346,7 +346,7 @@ def test_overfit_tells_the_truth(tmp_path, monkeypatch, capsys):
     assert "memorized all 12 images after " in said and "12 training images" in said
     stored = options.parse(["--config", str(tmp_path / "able" / "options.yaml")])
     assert stored["augment"] == "none"
-    monkeypatch.setattr(options, "MEMORIZED_AFTER", 20)  # epochs, of which none gets anywhere
+    monkeypatch.setattr(checks, "MEMORIZED_AFTER", 20)  # epochs, of which none gets anywhere
     assert call(train.main, *words, tmp_path / "unable", "--lr", "1e-9") == 1
     said = capsys.readouterr().out
     assert re.search(r"memorized only \d+ of 12 images in 20 epochs: check --lr", said)

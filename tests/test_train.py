@@ -191,7 +191,8 @@ def test_the_best_epoch_is_kept(pictures, tmp_path):
     assert best < 6
     assert header["epoch"] == metrics["summary"]["best_epoch"] == best
     kept = sorted((tmp_path / "run" / "epochs").iterdir())
-    assert [path.name for path in kept] == [f"epoch-{n:03d}.safetensors" for n in range(1, 7)]
+    names = [f"epoch-{r['epoch']:03d}-{r['val_accuracy']:.4f}" for r in metrics["epochs"]]
+    assert [path.stem for path in kept] == names
     digests = [lenslet.weights.read(path)[1]["sha256"] for path in kept]
     assert len(set(digests)) == 6 and digests[best - 1] == header["sha256"]
 

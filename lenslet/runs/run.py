@@ -115,7 +115,8 @@ class Run:
         self._save_every, self._saved_at = steps_or_time(args.save_every), time.perf_counter()
         self._of_epochs = "" if args.time or args.plan else f"/{args.epochs}"  # else by the clock
         notes = [*inputs.data.notes, *([] if found.saved else inputs.notes), *notes]
-        accelerator.print(summary.introduce(args.model, inputs.data, net.bare, accelerator, notes))
+        about = inputs.data, net.bare, accelerator, notes, args.freeze or args.freeze_epochs
+        accelerator.print(summary.introduce(args.model, *about))
         self._began = time.perf_counter() - self.progress.seconds
 
     def epochs(self):
@@ -140,6 +141,7 @@ class Run:
             initial=progress.batch,
             disable=None if self._main else True,  # None: only on a terminal
         )
+        self._bar, self._said = bar, time.perf_counter()
         with bar:
             yield from bar
 
@@ -179,15 +181,25 @@ class Run:
         if not math.isfinite(objective):
             self._give_up(objective, progress.logged + finite + 1, meter)
         if epoch_ends or progress.step % self._args.log_every == 0:
-            add = partial(self.board.add, "scalar")
+            mean, add = loss / progress.images, partial(self.board.add, "scalar")
             add("lr", progress.lr, progress.step)
-            add("loss/train", loss / progress.images, progress.step)
+            add("loss/train", mean, progress.step)
             if meter.objective:
                 add("loss/objective", objective / progress.images, progress.step)
             meter.add_to_epoch(objective, loss, hits, progress.images)
             progress.images, progress.logged = 0, progress.step
+            self._show(mean, epoch_ends)
         if epoch_ends:
             progress.train_seconds = time.perf_counter() - self._began
+
+    def _show(self, loss: float, epoch_ends: bool) -> None:
+        """The running loss: in the bar or, off a terminal, in a line every half minute."""
+        self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        now = time.perf_counter()
+        if self._main and self._bar.disable and not epoch_ends and now - self._said > 30:
+            self._said, at = now, f"epoch {self.progress.epoch + 1}{self._of_epochs}"
+            done = f"{self.progress.batch} of {len(self._inputs.train_loader)} batches"
+            print(f"{at}: {done}, loss {loss:.4f}")
 
     def _give_up(self, loss: float, step: int, meter: Meter) -> None:
         """End a run whose loss is not finite since step `step`."""
@@ -223,10 +235,12 @@ class Run:
         self.save(net, meter, last=bool(progress.ended) or progress.step == self._plan.total)
         if self._main:
             point_latest(self.folder)
-        left = 0 if progress.ended else self._plan.total - progress.step
-        left *= progress.seconds / progress.step
+        steps = 0 if progress.ended else self._plan.total - progress.step
+        left = steps * progress.seconds / progress.step
         line = summary.epoch_line(record, self._of_epochs, left, args.metric, meter.objective)
-        self._accelerator.print(line)
+        best = "  best" if better and validated is not None and args.keep != "last" else ""
+        if best or not left or summary.is_told(record, self._plan.total):
+            self._accelerator.print(line + best)
 
     def _record(self, net: Net, meter: Meter, validated: Tensor | None) -> dict:
         """The figures of the epoch, as metrics.json has them."""
@@ -265,7 +279,8 @@ class Run:
             self._files.weights = weights
         pending = self._files.pending
         if self._args.keep == "all":
-            name = f"epoch-{progress.epoch:03d}.safetensors"
+            reached = f"-{record['val_accuracy']:.4f}" if "val_accuracy" in record else ""
+            name = f"epoch-{progress.epoch:03d}{reached}.safetensors"
             pending[self.folder / "epochs" / name] = weights
         pending[self.folder / "metrics.json"] = summary.metrics_json(progress, finished=False)
         self.board.add_epoch(record, progress.step)

@@ -25,12 +25,29 @@ def epoch_line(record: dict, epochs: str, left: float, metric: str | None, objec
             line += f" accuracy {record[f'{split}_accuracy']:.2%}"
     if metric == "f1":
         line += f" f1 {record['val_f1']:.2%}"
-    line += f"  lr {record['lr']:.2g}  {record['images_per_second']:,.0f} images/s"
-    return f"{line}  {left:.0f} s left"
+    speed = record["images_per_second"]
+    line += f"  lr {record['lr']:.2g}  {speed:{',.0f' if speed >= 10 else '.2g'}} images/s"
+    return f"{line}  {span(left)} left"
 
 
-def introduce(model: str, data: Data, network, accelerator, notes: list[str]) -> str:
-    """What is printed before the first epoch."""
+def span(seconds: float) -> str:
+    """A time to read: '45 s', '12 min', '3 h 20 min'."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def is_told(record: dict, steps: int) -> bool:
+    """Whether an epoch of a run of so many steps has a line on the console: where there are more
+    than 30 epochs, the first ones and each tenth.
+    """
+    epochs = steps * record["epoch"] / record["step"]
+    return epochs < 31 or record["epoch"] <= 3 or record["epoch"] % 10 == 0
+
+
+def introduce(model: str, data: Data, network, accelerator, notes: list[str], frozen=False) -> str:
+    """What is printed before the first epoch; frozen: whether layers were asked to be."""
     train, val = data.splits["train"], data.splits.get("val", ())
     lines = list(notes)
     if network.input_size != data.image_size:
@@ -44,8 +61,11 @@ def introduce(model: str, data: Data, network, accelerator, notes: list[str]) ->
         f"{data.name}: {len(train):,} training images, {len(val):,} validation images, "
         f"{len(data.classes)} classes"
     )
+    count = sum(p.numel() for p in network.parameters())
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    some = f", {trained:,} of them trained at first" if frozen else ""
     lines.append(
-        f"{model}: {sum(p.numel() for p in network.parameters()):,} parameters; "
+        f"{model}: {count:,} parameters{some}; "
         f"{accelerator.device.type}, precision {accelerator.mixed_precision}, "
         f"{accelerator.num_processes} x {torch.get_num_threads()} threads"
     )

@@ -20,7 +20,7 @@ from lenslet.distributed import start
 from lenslet.distributed.determinism import compute_deterministically
 from lenslet.errors import UserError, error_context
 from lenslet.metrics import evaluation_batch
-from lenslet.training import losses, options, pretrained
+from lenslet.training import checks, losses, options, pretrained
 from lenslet.training.clock import Plan, choose_width, measure_speed
 from lenslet.training.net import Freezer, Net, fit_batch_norm
 from lenslet.training.optimizers import create_optimizer
@@ -67,6 +67,8 @@ def choose_options(given: dict, on_main=lambda work: work()):
 
 def begin(given: dict):
     """Join the other processes; all options, and the Accelerator.  Errors: as choose_options()."""
+    with error_context(f"--device {given.get('device')}"):
+        start.use_device(given.get("device", "auto"))
     state = start.start_processes(given.get("threads"))
     args = choose_options(given, partial(start.from_main_process, state))
     if args.deterministic:
@@ -104,7 +106,7 @@ def read_inputs(args, accelerator: Accelerator) -> Inputs:
     with error_context("--class-weights"):
         weights *= losses.class_weights(args.class_weights, counts)[train.labels]
     world = accelerator.num_processes
-    options.check_with_data(args, data, weights, teacher and teacher[2])
+    checks.check_with_data(args, data, weights, teacher and teacher[2])
     statistics = choose_statistics(args, data, header)
     planned = _read_planned(args) if args.plan else None
     data.to(accelerator.device)
@@ -112,6 +114,7 @@ def read_inputs(args, accelerator: Accelerator) -> Inputs:
     shared["rank"] = accelerator.process_index
     val_batch = evaluation_batch(args.batch_size, args.accumulate, world, train.in_memory)
     loader = data.loader("train", args.batch_size, seed=args.seed, augment=args.augment, **shared)
+    data.notes += checks.cautions(args, counts, len(loader) * args.epochs)
     val_loader = data.loader("val", val_batch, **shared) if "val" in data.splits else None
     sha256 = {"images": data.sha256, "image weights": weights_sha256}
     sha256["teacher"] = teacher and teacher[2]["sha256"]
@@ -123,7 +126,7 @@ def read_inputs(args, accelerator: Accelerator) -> Inputs:
 def _load_data(args, accelerator: Accelerator) -> Data:
     """The training and validation images; with --overfit, both are the same."""
     defaults = network_defaults(args.model)
-    validates = options.validates(args) and not args.overfit
+    validates = checks.validates(args) and not args.overfit
     with error_context(f"--data {args.data}" + (f" --limit {args.limit}" if args.limit else "")):
         data = start.main_process_first(
             accelerator,

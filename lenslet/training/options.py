@@ -1,4 +1,4 @@
-"""train.py's options: the table, where their values come from, and which do not go together.
+"""train.py's options: the table, where their values come from, and how two runs' differ.
 
 A value comes from the command line, else from --config (or the resumed run's options.yaml), else
 from the recipe of the data set, else from the table's default.  Nothing here imports torch before
@@ -6,19 +6,20 @@ the options are parsed, so that --help and a misspelt option answer at once.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from lenslet import cli
 from lenslet.cli import as_written, number, parse_duration
-from lenslet.errors import UserError, error_context, nearest
-from lenslet.training.schedules import parse_schedule
+from lenslet.errors import OutsideError, UserError, error_context, nearest
+from lenslet.training.checks import check, turn_off_regularization
+from lenslet.training.schedules import canonical, parse_schedule
 
 LOSSES = ("cross-entropy", "focal", "bce", "mse")
 AUGMENTATIONS = ("none", "light", "standard", "trivial", "rand")
 OPTIMIZERS = ("sgd", "adam", "adamw", "adabelief", "ranger", "muon")  # the tested ones
-MEMORIZED_AFTER = 200  # epochs that --overfit takes at most, unless --epochs says more
 # Options that change no bit of the weights: an interrupted run may go on with other values.
-FREE = {"output", "workers", "log_every", "save_every", "watch"}
+FREE = {"output", "workers", "device", "log_every", "save_every", "watch"}
 SAID = {"accumulate"}  # changes the last bits only; it may, for where memory was short
 # What to try when gradients go wrong, by the kinds of watch.judge().
 REMEDIES = {
@@ -89,7 +90,7 @@ def build_parser(description: str = "") -> cli.Parser:
     help = "compute a batch in N parts of at least 2 images, to save memory; same result"
     add("--accumulate", metavar="N", type=count, default=1, help=help)
     help = f"{', '.join(OPTIMIZERS)}, or any of timm's; adamw suits most networks"
-    add("--optimizer", metavar="NAME", default="adamw", help=help)
+    add("--optimizer", metavar="NAME", type=str.lower, default="adamw", help=help)
     add("--lr", metavar="X", type=positive, default=0.001, help="learning rate")
     add("--momentum", metavar="X", type=share, default=0.9, help="momentum of sgd, muon etc.")
     add("--nesterov", action=flag, default=False, help="Nesterov momentum for sgd")
@@ -101,7 +102,7 @@ def build_parser(description: str = "") -> cli.Parser:
         "learning rate: constant, cosine, linear, step:30:0.1, multistep:30,60:0.1, "
         "restarts:5:2, onecycle (moves the momentum too), plateau:0.1:3; 30, 60, 5 and 3 are epochs"
     )
-    add("--schedule", metavar="NAME", type=as_written(parse_schedule), default="cosine", help=help)
+    add("--schedule", metavar="NAME", type=schedule, default="cosine", help=help)
     help = "optimizer steps (500), or share of them all (20%%), of linear rise to the learning rate"
     add("--warmup", metavar="N", type=as_written(cli.steps_or_percent), default="0", help=help)
     add("--clip", metavar="NORM", type=positive, help="clip the norm of all gradients together")
@@ -110,7 +111,7 @@ def build_parser(description: str = "") -> cli.Parser:
 
     add = parser.add_argument_group("loss").add_argument
     help = f"{', '.join(LOSSES)}; focal:2 sets focal's gamma; mse is of the probabilities"
-    add("--loss", metavar="NAME", type=as_written(loss), default="cross-entropy", help=help)
+    add("--loss", metavar="NAME", type=loss, default="cross-entropy", help=help)
     help = "share of the true class's weight that is spread over all classes"
     add("--label-smoothing", metavar="SHARE", type=number(float, 0, 0.99), default=0.0, help=help)
     help = "weights of the classes in the loss: balanced, for unequal sizes, or W1,W2,…"
@@ -136,6 +137,7 @@ def build_parser(description: str = "") -> cli.Parser:
     add("--ema", metavar="DECAY", type=number(float, 0, 0.999999, above=True), help=help)
 
     add = cli.add_running_options(parser)
+    add("--device", default="auto", help=cli.DEVICE)
     help = "torch.compile the network: takes a minute, and has not paid off on a CPU"
     add("--compile", action=flag, default=False, help=help)
     help = "make a GPU compute the same bits every time, as a CPU does; slower"
@@ -155,21 +157,32 @@ def build_parser(description: str = "") -> cli.Parser:
     return parser
 
 
-def loss(text: str) -> None:
-    """An argparse type: a name of LOSSES; focal may have its gamma ('focal:2')."""
-    name, colon, gamma = text.partition(":")
+def schedule(text: str) -> str:
+    """An argparse type: a schedule of SCHEDULES, as it is stored."""
+    parse_schedule(text)
+    return canonical(text)
+
+
+def loss(text: str) -> str:
+    """An argparse type: a name of LOSSES; focal may have its gamma ('focal:2'), CE is usual."""
+    name, colon, gamma = text.lower().replace("_", "-").partition(":")
+    name = {"ce": "cross-entropy"}.get(name, name)
     if name not in LOSSES or (colon and name != "focal"):
         known = f"{nearest(name, LOSSES)}: {', '.join(LOSSES)}"
         raise argparse.ArgumentTypeError(f"no loss {text!r}{known}")
     if colon:
         number(float, 0)(gamma)
+    return name + colon + gamma
 
 
 def parse(argv: list[str] | None, description: str = "") -> dict:
     """The options given on the command line, in --config and by the resumed run: {name: value}.
 
-    Errors: UserError naming the option and, if it comes from one, the file.
+    Errors: UserError naming the option and, if it comes from one, the file; OutsideError on
+    Windows.
     """
+    if sys.platform == "win32":
+        raise OutsideError("training needs Linux or macOS (WSL will do); predict.py works here")
     given = cli.explicit(parser := build_parser(description), argv)
     layers = [cli.read_config(parser, given["config"])] if given.get("config") else []
     if given.get("resume"):
@@ -221,98 +234,12 @@ def complete(given: dict, data: str, recipe: str | None) -> argparse.Namespace:
     return args
 
 
-def turn_off_regularization(args) -> None:
-    """What --overfit trains without; image weights and the network stay."""
-    for other in ("fold", "limit", "time", "plan", "teacher", "freeze_epochs"):
-        if getattr(args, other):
-            raise UserError(f"--overfit cannot be used with --{other.replace('_', '-')}")
-    for name in ("erase", "mixup", "cutmix", "dropout", "weight_decay", "l1", "label_smoothing"):
-        setattr(args, name, 0.0)
-    args.augment, args.schedule, args.warmup, args.ema = "none", "constant", "0", None
-    args.patience, args.min_delta, args.metric, args.keep = 0, 0.0, None, None
-    args.epochs = max(args.epochs, MEMORIZED_AFTER)
-    args.batch_size = min(args.batch_size, args.overfit)
-
-
-def check(args) -> None:
-    """Refuse options that do not go together, before anything is read or fetched.
-
-    Errors: UserError naming them.
-    """
-    mixes = ("mixup", "cutmix", "label_smoothing")
-    soft = " and ".join(f"--{m.replace('_', '-')}" for m in mixes if getattr(args, m))
-    uses_scores = args.patience or args.schedule.startswith("plateau")
-    refusals = {
-        f"--loss {args.loss} cannot be used with {soft}, which mixes classes": (
-            args.loss.startswith("focal") and soft
-        ),
-        "--nesterov needs --optimizer sgd and a --momentum": (
-            args.nesterov and (args.optimizer != "sgd" or not args.momentum)
-        ),
-        f"--width is an option of fastnet, not of {args.model}": (
-            args.width and args.model != "fastnet"
-        ),
-        "--freeze-epochs needs --pretrained: there is no point in freezing random weights": (
-            args.freeze_epochs and not args.pretrained
-        ),
-        "--teacher-share and --temperature need a --teacher": (
-            not args.teacher and (args.teacher_share is not None or args.temperature)
-        ),
-        "--teacher-share 0 leaves the teacher out: leave out --teacher": (
-            args.teacher and args.teacher_share == 0
-        ),
-        "--min-delta needs --patience or --schedule plateau": args.min_delta and not uses_scores,
-        "--metric chooses nothing with --keep last: leave one out": (
-            args.metric and args.keep == "last" and not uses_scores
-        ),
-    }
-    for message, refused in refusals.items():
-        if refused:
-            raise UserError(message)
-    if not validates(args):
-        for option in needing_validation(args):
-            raise UserError(f"{option} needs validation images: set --val above 0, or --fold")
-
-
-def check_with_data(args, data, weights, teacher: dict | None) -> None:
-    """Refuse what does not go with the data, before there is a run folder.
-
-    weights float [N]: of the training images; teacher: its header.  Errors: UserError.
-    """
-    count = len(data.splits["train"])
-    if count < 2:
-        raise UserError(f"--data {args.data}: {count} training images are too few")
-    if "val" not in data.splits:
-        for option in needing_validation(args):
-            raise UserError(f"{option} needs validation images, and --val {args.val} leaves none")
-    if args.overfit and count < args.overfit:
-        raise UserError(f"--overfit {args.overfit}: there are only {count} training images")
-    if not weights.any():
-        raise UserError("--class-weights, --image-weights: no image has a weight above 0")
-    for key, ours in (("classes", data.classes), ("channels", data.channels)):
-        if teacher and teacher[key] != ours:
-            raise UserError(f"--teacher {args.teacher}: has {key} {teacher[key]}, not {ours}")
-
-
-def needing_validation(args) -> list[str]:
-    """The options given that need validation images."""
-    needing = {
-        "--metric": args.metric,
-        "--patience": args.patience,
-        "--keep best": args.keep == "best",
-        "--schedule plateau": args.schedule.startswith("plateau"),
-    }
-    return [option for option, given in needing.items() if given]
-
-
-def validates(args) -> bool:
-    """Whether there are images to validate an epoch on."""
-    return bool(args.val or args.fold or args.overfit)
-
-
 def run_name(args) -> str:
-    """The name of a run's folder below runs/."""
-    name = f"{Path(args.data).name}-{args.model.replace('/', '-')}"
+    """The name of a run's folder below runs/; "dataset" alone would name many."""
+    data = Path(args.data)
+    common = data.name.lower() in ("data", "dataset", "datasets", "images", "pictures", "photos")
+    name = f"{data.parent.name}-{data.name}" if common and data.parent.name else data.name
+    name += f"-{args.model.replace('/', '-')}"
     name += f"-fold-{args.fold.replace('/', '-of-')}" if args.fold else ""
     return f"{name}-overfit-{args.overfit}" if args.overfit else name
 

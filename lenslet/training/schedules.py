@@ -1,6 +1,7 @@
 """The learning rate of every optimizer step."""
 
 import math
+import re
 from argparse import ArgumentTypeError
 
 from lenslet.cli import number
@@ -25,14 +26,23 @@ SCHEDULES = {
     "multistep": ((_increasing, "EPOCHS,EPOCHS"), (_share, "0.1")),
     # Cycles that shrank, or took no time, would never end.
     "restarts": ((_epochs, "EPOCHS"), (number(float, 1, 100), "2")),
-    "plateau": ((_share, "0.1"), (number(int, 0), "3")),
+    "plateau": ((_share, "0.1"), (number(int, 0), "3"), (number(float, 0), "0")),
     "onecycle": (),
 }
 
 
+def canonical(text: str) -> str:
+    """A schedule as it is stored: 'SGDR-2-2', as papers write it, is 'restarts:2:2'."""
+    text = text.lower()
+    if re.fullmatch(r"[a-z]+(-[\d.]+)+", text):
+        text = text.replace("-", ":")
+    name, colon, numbers = text.partition(":")
+    return {"sgdr": "restarts"}.get(name, name) + colon + numbers
+
+
 def parse_schedule(text: str) -> tuple[str, list]:
     """'step:30:0.1' as ('step', [30.0, 0.1]); of multistep the first is a list."""
-    name, *given = text.split(":")
+    name, *given = canonical(text).split(":")
     if name not in SCHEDULES:
         raise ArgumentTypeError(
             f"no schedule {text!r}{nearest(name, SCHEDULES)}: {', '.join(SCHEDULES)}"
@@ -56,7 +66,8 @@ class Schedule:
         multistep:E,E2,…:F         times F (0.1) after each of these epochs
         restarts:E:F               cosines to zero, of E epochs and each F (2) times the one before
                                    (SGDR: Loshchilov, Hutter 2016, arXiv:1608.03983)
-        plateau:F:P                times F (0.1) after more than P (3) epochs without a better one
+        plateau:F:P:L              times F (0.1) after more than P (3) epochs without a better one,
+                                   to a rate of L (0) at least
         onecycle                   a cosine up from 1/25 during the warm-up (30 % if none is given),
                                    another down to 1/250,000; momentum (Adam's first beta), if not
                                    0, from 0.95 to 0.85 and back (Smith, Topin 2017:
@@ -99,7 +110,9 @@ class Schedule:
                 since, length = since - length, length * growth
             return _half_cosine(since / length)
         if self.name == "plateau":
-            return self.numbers[0] ** _count_plateaus(scores, self.min_delta, self.numbers[1])[1]
+            share, patience, least = self.numbers
+            fallen = share ** _count_plateaus(scores, self.min_delta, patience)[1]
+            return max(fallen, min(1.0, least / self.lr))
         return 1.0
 
     def apply(self, optimizer, step: int, scores: list[float]) -> float:
@@ -124,10 +137,12 @@ class Schedule:
         return 0.85 + 0.1 * _half_cosine(away)  # away from either end, where it is high
 
     def rise(self, total: int) -> float:
-        """The share of all steps that the warm-up takes; more than 1 where it does not end."""
+        """The share of all steps that the warm-up takes; half of them, where it would not end."""
         if self.name == "onecycle" and self.warmup in ("0", "0%"):
             return 0.3
-        return float(self.warmup[:-1]) / 100 if "%" in self.warmup else int(self.warmup) / total
+        if "%" in self.warmup:
+            return float(self.warmup[:-1]) / 100
+        return int(self.warmup) / total if int(self.warmup) < total else 0.5
 
 
 def _half_cosine(done: float) -> float:

@@ -29,6 +29,7 @@ from sklearn.datasets import load_digits
 import lenslet.files
 from lenslet import errors
 from lenslet.data import download as fetch
+from lenslet.data import load as loading
 from lenslet.data import sets, transfer
 from lenslet.errors import OutsideError, UserError
 
@@ -670,6 +671,7 @@ def test_export(serve, tmp_path, monkeypatch, name, capsys):
     files = idx_files()
     monkeypatch.setitem(sets.SETS, "tiny-mnist", idx_spec(files, [server.base]))
     server.files |= {f"{file}.gz": gzip.compress(content) for file, content in files.items()}
+    monkeypatch.setitem(loading.RECIPES, name, "digits")
     target = tmp_path / "exported"
     assert errors.run_main(download.main, [name, "--export", str(target)]) == 0
     images, labels, metadata = read(lenslet.files.DATA / name, "test")
@@ -682,7 +684,11 @@ def test_export(serve, tmp_path, monkeypatch, name, capsys):
             pixels = np.asarray(image).reshape(*images.shape[2:], -1)
         assert np.array_equal(pixels.transpose(2, 0, 1), images[index])
     assert len(list(target.glob("test/*/*.png"))) == COUNTS["test"]
-    assert len(list(target.glob("train/*/*.png"))) == COUNTS["train"]
+    # Trained on as a folder, it is validated on what the set would be.
+    kept = loading.load(name, ["val"], val=0.1).splits["val"].names
+    assert {int(path.stem) for path in target.glob("val/*/*.png")} == set(map(int, kept))
+    rest = {int(path.stem) for path in target.glob("train/*/*.png")}
+    assert rest == set(range(COUNTS["train"])) - set(map(int, kept))
     assert f"next: make train DATA={target}" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"data", "exported"}
 

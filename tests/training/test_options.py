@@ -1,14 +1,16 @@
 """train.py's options: where their values come from, which names there are, what goes together."""
 
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from lenslet import cli, files
 from lenslet.data import augment
-from lenslet.errors import UserError
+from lenslet.errors import OutsideError, UserError
 from lenslet.runs.folder import point_latest
-from lenslet.training import losses, optimizers, options
+from lenslet.training import checks, losses, optimizers, options
 
 LENET = {"model": "lenet"}
 
@@ -231,7 +233,7 @@ def test_overfit_turns_regularization_off():
     plain = "--schedule constant --weight-decay 0 --patience 0 --lr 0.5"
     plain = vars(complete(*plain.split()))
     changed = {name: args[name] for name in args if args[name] != plain[name]}
-    assert changed == {"overfit": 20, "epochs": options.MEMORIZED_AFTER, "batch_size": 20}
+    assert changed == {"overfit": 20, "epochs": checks.MEMORIZED_AFTER, "batch_size": 20}
     assert complete("--overfit", "20", "--epochs", "999").epochs == 999
     for other in (
         ["--fold", "1/2"],
@@ -254,3 +256,54 @@ def test_run_name():
     given = {"model": "torchvision/resnet18"}
     args = options.complete(given, "/a/my pictures", None)
     assert options.run_name(args) == "my pictures-torchvision-resnet18"
+    for path, name in (("/a/b/dataset", "b-dataset-lenet"), ("/dataset", "dataset-lenet")):
+        assert options.run_name(options.complete(LENET, path, None)) == name
+
+
+@pytest.mark.parametrize(
+    ("option", "typed", "stored"),
+    [
+        ("optimizer", "Adam", "adam"),
+        ("optimizer", "AdaBelief", "adabelief"),
+        ("schedule", "SGDR-2-2", "restarts:2:2"),
+        ("schedule", "Cosine", "cosine"),
+        ("loss", "CE", "cross-entropy"),
+        ("loss", "Focal:3", "focal:3"),
+        ("model", "SE_ResNeXt50", "seresnext50_32x4d"),
+    ],
+)
+def test_names_as_people_type_them(option, typed, stored):
+    """Names of papers and of other spelling are understood, and stored as ours."""
+    args = options.complete(LENET | options.parse([f"--{option}", typed]), "digits", None)
+    assert getattr(args, option) == stored
+
+
+def test_a_run_by_the_clock_has_no_epochs(run):
+    """What the clock decides is not among the options that a run is made of."""
+    args = options.complete(LENET | {"time": "60s", "epochs": 3}, "digits", None)
+    assert "epochs" not in cli.stored(args)
+    (run / "options.yaml").write_text(cli.as_yaml(cli.stored(args)))
+    args.epochs = 7
+    assert options.differences(run, args) == ""
+    assert "epochs" in cli.stored(options.complete(LENET | {"epochs": 3}, "digits", None))
+
+
+def test_training_on_windows(monkeypatch):
+    """There it ends in a line that says what works."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(OutsideError, match=r"needs Linux or macOS .*; predict\.py works here"):
+        options.parse([])
+
+
+def test_cautions():
+    """Unequal classes and a warm-up that takes the whole run are worth a line; nothing else is."""
+
+    def said(counts, *words):
+        return checks.cautions(complete(*words), torch.tensor(counts), 100)
+
+    assert said([10, 30], "--warmup", "99") == said([10, 31], "--class-weights", "balanced") == []
+    (line,) = said([10, 31])
+    assert "from 10 to 31 training images" in line and "--class-weights balanced" in line
+    (line,) = said([10, 10], "--warmup", "100")
+    assert "--warmup 100 is as long as the run of 100 steps" in line
+    assert said([10, 10], "--warmup", "100", "--time", "60s") == []

@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler
 
 from lenslet.training import schedules
 from lenslet.training.clock import Plan
-from lenslet.training.schedules import Schedule, parse_schedule
+from lenslet.training.schedules import Schedule, canonical, parse_schedule
 
 
 def factors(total, warmup, schedule, per_epoch=10):
@@ -35,12 +35,14 @@ def test_learning_rate(warmup):
 
 
 def test_warmup_longer_than_training():
-    """The rate rises all the time, and nothing is divided by zero."""
+    """The rate rises for half of the steps, and nothing is divided by zero."""
     for schedule in schedules.SCHEDULES:
-        words = {"step": "step:2", "multistep": "multistep:2", "restarts": "restarts:2"}
+        words = {"step": "step:99", "multistep": "multistep:99", "restarts": "restarts:2"}
         rates = factors(10, "40", words.get(schedule, schedule))
         if schedule != "onecycle":
-            assert rates == pytest.approx([(k + 0.5) / 40 for k in range(10)])
+            assert rates[:5] == pytest.approx([(k + 0.5) / 5 for k in range(5)])
+    assert factors(10, "40", "constant")[5:] == [1.0] * 5
+    assert factors(10, "9", "constant")[:9] == pytest.approx([(k + 0.5) / 9 for k in range(9)])
 
 
 def torch_rates(make, steps, per_epoch):
@@ -154,9 +156,22 @@ def test_parse_schedule():
     assert parse_schedule("step:30") == ("step", [30.0, 0.1])
     assert parse_schedule("multistep:30,60.5:0.2") == ("multistep", [[30.0, 60.5], 0.2])
     assert parse_schedule("restarts:5") == ("restarts", [5.0, 2.0])
-    assert parse_schedule("plateau") == ("plateau", [0.1, 3])
+    assert parse_schedule("plateau") == ("plateau", [0.1, 3, 0.0])
     for name in ("constant", "cosine", "linear", "onecycle"):
         assert parse_schedule(name) == (name, [])
+    for text in ("SGDR-2-2", "sgdr:2:2", "Restarts:2:2", "restarts-2-2"):
+        assert canonical(text) == "restarts:2:2"
+    assert canonical("plateau:0.1:3:1e-6") == "plateau:0.1:3:1e-6"
+
+
+def test_plateau_has_a_floor():
+    """The rate falls no lower than the floor, and never rises to it."""
+    scores = [1.0] + [0.0] * 40
+    schedule = Schedule("plateau:0.1:3:1e-4", "0", 10, lr=0.01)
+    assert 0.01 * schedule.factor(0, 0.5, 100, scores) == pytest.approx(1e-4)
+    assert schedule.factor(0, 0.5, 100, scores[:6]) == pytest.approx(0.1)
+    high = Schedule("plateau:0.1:3:1", "0", 10, lr=0.01)
+    assert high.factor(0, 0.5, 100, scores) == 1
 
 
 @pytest.mark.parametrize(
