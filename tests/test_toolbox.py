@@ -22,7 +22,7 @@ import model
 from lenslet import errors
 from lenslet.data import sets
 from lenslet.runs import launch
-from lenslet.training import checks, options
+from lenslet.training import build, checks, options
 
 measure = importlib.import_module("test")  # scripts/test.py, not the standard library's
 
