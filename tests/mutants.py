@@ -1,0 +1,235 @@
+"""Changes the code in small ways, one at a time: does a test notice each?
+
+    make mutants                                                       320 of all changes
+    make mutants ARGS='--number 0 --jobs 1 lenslet/data/split.py'      every change of one module
+
+A changed module, a mutant, is killed when a test of it fails or does not end.  Status 0: at least
+90 % are killed, and SURVIVORS says of each other one why no test should notice it.  Comparisons,
+arithmetic, and/or/not, conditions, numbers, True and False, slices, calls, keyword arguments, what
+is returned, and statements are changed; strings, annotations, errors raised and asserts are not.
+
+torch is imported once: every mutant is a fork, in which one module's import gives the changed code.
+A test that starts other processes would not meet it there, so TESTS has none of those.
+"""
+
+import argparse
+import ast
+import hashlib
+import importlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 120  # for the tests of a mutant: most take 5
+SHARE = 0.9  # of the mutants, to be killed
+# All that the tests import from elsewhere; what is ours is new in each fork.
+LIBRARIES = """accelerate numpy PIL.Image pytest safetensors.torch sklearn.metrics timm torch
+    torch.utils.tensorboard torchvision.transforms.v2"""
+TESTS = {
+    "lenslet/metrics.py": ["tests/test_metrics.py"],
+    "lenslet/weights.py": ["tests/test_weights.py"],
+    "lenslet/data/augment.py": ["tests/data/test_augment.py"],
+    "lenslet/data/batches.py": ["tests/data/test_batches.py"],
+    "lenslet/data/split.py": ["tests/data/test_split.py"],
+    "lenslet/runs/checkpoint.py": ["tests/runs/test_checkpoint.py"],
+    "lenslet/training/losses.py": ["tests/training/test_losses.py"],
+    "lenslet/training/schedules.py": ["tests/training/test_schedules.py"],
+}
+SURVIVORS = {}  # {module: {the changed line, as it is printed: why no test should notice}}
+
+OPERATORS = dict(
+    zip(
+        "< <= > >= == != + - * / // % ** & | ^ and or min max any all".split(),
+        "<= < >= > != == - + / * / // * | & | or and max min all any".split(),
+        strict=True,
+    )
+) | {"in": "not in", "not in": "in", "is": "is not", "is not": "is"}
+# Of these the other operator, or none, is the negation of the condition already.
+NEGATED = (ast.UnaryOp, ast.Eq, ast.NotEq, ast.In, ast.NotIn, ast.Is, ast.IsNot)
+LEFT_ALONE = (ast.Raise, ast.Assert, ast.JoinedStr, ast.Import, ast.ImportFrom)
+
+
+class Source:
+    """A module's text, and the places of its syntax tree's nodes there, in bytes."""
+
+    def __init__(self, text: str):
+        self.bytes, self.tree, self.starts = text.encode(), ast.parse(text), [0]
+        for line in self.bytes.splitlines(keepends=True):
+            self.starts.append(self.starts[-1] + len(line))
+        # What is imported is a module or a class: its functions are no methods of a value.
+        imports = [n for n in ast.walk(self.tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+        self.imported = {(a.asname or a.name).split(".")[0] for n in imports for a in n.names}
+
+    def begin(self, node: ast.AST) -> int:
+        return self.starts[node.lineno - 1] + node.col_offset
+
+    def end(self, node: ast.AST) -> int:
+        return self.starts[node.end_lineno - 1] + node.end_col_offset
+
+    def __getitem__(self, place) -> str:
+        return self.bytes[place].decode()
+
+    def text(self, node: ast.AST) -> str:
+        return self[self.begin(node) : self.end(node)]
+
+    def walk(self, node: ast.AST) -> Iterator[ast.AST]:
+        """The nodes in a node that may be changed."""
+        yield node
+        for name, value in ast.iter_fields(node):
+            if name not in ("annotation", "returns", "decorator_list"):
+                for child in value if isinstance(value, list) else [value]:
+                    if isinstance(child, ast.AST) and not isinstance(child, LEFT_ALONE):
+                        yield from self.walk(child)
+
+    def edits(self, node: ast.AST) -> Iterator[tuple[int, int, str]]:
+        """(begin, end, new text) of each change of a node itself."""
+        begin, end, text = self.begin, self.end, self.text
+        pairs = []  # operands with an operator between them
+        match node:
+            case ast.BinOp(left=left, right=right):
+                pairs = [(left, right)]
+            case ast.Compare(left=left, comparators=others):  # 0 <= x < 1 has two
+                pairs = zip([left, *others], others, strict=False)
+            case ast.BoolOp(values=values):
+                pairs = zip(values, values[1:], strict=False)
+            case ast.UnaryOp():  # not, - and ~
+                yield begin(node), end(node), text(node).removeprefix("not").lstrip("-~ ")
+            case ast.Constant(value=bool() as value):
+                yield begin(node), end(node), str(not value)
+            case ast.Constant(value=int() | float() as value):
+                yield begin(node), end(node), repr(value + 1)
+            case ast.If(test=test) | ast.IfExp(test=test) | ast.comprehension(ifs=[test]):
+                if not isinstance(getattr(test, "ops", [test])[0], NEGATED):
+                    yield begin(test), end(test), f"not ({text(test)})"
+            case ast.Slice(lower=lower, upper=upper, step=step):
+                for part in filter(None, (lower, upper, step)):
+                    yield begin(part), end(part), ""
+            case ast.Return(value=ast.expr() as value) if text(value) != "None":
+                yield begin(value), end(value), "None"
+            case ast.Call(func=ast.Attribute(value, name)) if text(value) not in self.imported:
+                until = end(node.func) - len(f".{name}")
+                yield begin(node), end(node), self[begin(node) : until]  # x.clamp(0) → x
+            case ast.Call(func=ast.Name(id=name) as function, args=[_, *more]):
+                if name in OPERATORS:
+                    yield begin(function), end(function), OPERATORS[name]
+                if not more:
+                    yield begin(node), end(node), self[end(function) : end(node)]  # round(x) → (x)
+        for left, right in pairs:
+            operator = self[end(left) : begin(right)].strip("() \n")
+            changed = self[end(left) : begin(right)].replace(operator, OPERATORS[operator])
+            yield end(left), begin(right), changed
+        match node:
+            case ast.Call(args=arguments, keywords=keywords):
+                given = [*arguments, *keywords]
+                for k in range(len(arguments), len(given)):
+                    yield end(given[k - 1]) if k else begin(given[0]), end(given[k]), ""
+            case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Break() | ast.Continue():
+                yield begin(node), end(node), "pass"
+            case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
+                yield begin(node), end(node), "pass"
+
+    def mutants(self) -> Iterator[tuple[int, str, str, str]]:
+        """(line, what is there, what is there instead, the whole changed text) of each change."""
+        for node in self.walk(self.tree):
+            for begin, end, new in self.edits(node):
+                text = self[:begin] + new + self[end:]
+                try:
+                    compile(text, "", "exec")
+                except SyntaxError:
+                    continue
+                first, left = self[:begin].count("\n"), self[end:].count("\n")
+                before, after = (
+                    " ".join(line.strip() for line in lines[first : len(lines) - left])
+                    for lines in (self[:].split("\n"), text.split("\n"))
+                )
+                yield first + 1, before, after, text
+
+
+def fork(module: str, text: str, folder: Path) -> int:
+    """Start the tests of a module in a process of its own, where its text is this one."""
+    if process := os.fork():
+        return process
+    signal.alarm(SECONDS)  # ends the process, whatever it does
+    output = os.open(folder.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1), os.dup2(output, 2)
+    path, get_code = str(ROOT / module), SourceFileLoader.get_code
+
+    def changed(loader, name):
+        return compile(text, path, "exec") if loader.path == path else get_code(loader, name)
+
+    SourceFileLoader.get_code = changed
+    options = ["-x", "-p", "no:cacheprovider", "--basetemp", str(folder)]
+    status = 1
+    try:
+        status = sys.modules["pytest"].main([*options, *TESTS[module]])
+    finally:
+        os._exit(status)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("modules", nargs="*", default=list(TESTS), metavar="module")
+    parser.add_argument("--number", type=int, default=320, help="mutants; 0: all (default: 320)")
+    parser.add_argument("--seed", type=int, default=0, help="which mutants (default: 0)")
+    parser.add_argument("--jobs", type=int, default=2, help="at a time (default: 2)")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    for name in LIBRARIES.split():
+        importlib.import_module(name)
+    sources = {module: Source(Path(module).read_text(encoding="utf-8")) for module in args.modules}
+    every = [(module, *mutant) for module in sources for mutant in sources[module].mutants()]
+    # Drawn by what they are: an edit of the code changes few of those that are drawn.
+    every.sort(key=lambda m: hashlib.sha256(repr((args.seed, m[0], *m[2:4])).encode()).digest())
+    every = every[: args.number or None]
+    folder = Path(tempfile.mkdtemp())
+
+    def run(mutants: list[tuple]) -> Iterator[tuple[tuple, int, str]]:
+        """(mutant, exit status, output) of each, as they end."""
+        waiting, running = list(enumerate(mutants)), {}
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                number, mutant = waiting.pop(0)
+                running[fork(mutant[0], mutant[-1], folder / str(number))] = number, mutant
+            process, status = os.wait()
+            number, mutant = running.pop(process)
+            output = (folder / f"{number}.txt").read_text(errors="replace")
+            shutil.rmtree(folder / str(number), ignore_errors=True)
+            yield mutant, os.waitstatus_to_exitcode(status), output
+
+    try:
+        began = time.monotonic()
+        for (module, *_), status, output in run([(m, sources[m][:]) for m in sources]):
+            if status:
+                print(output, f"{module}: its tests fail without a change", sep="\n")
+                return 1
+        killed, slow, unlisted = 0, 0, 0
+        for (module, line, before, after, _), status, _ in run(every):
+            killed += status != 0
+            slow += status == -signal.SIGALRM
+            reason = SURVIVORS.get(module, {}).get(after)
+            unlisted += not status and not reason
+            if not status:
+                print(f"{module}:{line}: {reason or 'no test fails'}\n  - {before}\n  + {after}")
+            elif reason:
+                print(f"{module}:{line}: is in SURVIVORS, but was killed\n  + {after}")
+            sys.stdout.flush()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    minutes = (time.monotonic() - began) / 60
+    print(
+        f"{killed} of {len(every)} mutants killed ({killed / len(every):.1%}, {slow} by time), "
+        f"{unlisted} of the others not in SURVIVORS; {minutes:.0f} minutes"
+    )
+    return int(unlisted > 0 or killed < SHARE * len(every))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
