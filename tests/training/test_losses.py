@@ -10,6 +10,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
+from lenslet.data.batches import Split
 from lenslet.errors import UserError
 from lenslet.training import losses, options
 from lenslet.training.losses import Objective, image_losses
@@ -115,6 +116,18 @@ def test_image_weights(split, tmp_path):
     assert sha256 == hashlib.sha256(text.encode()).hexdigest()
     path.write_bytes(b"\xef\xbb\xbfweight,note,file\n3,as spreadsheets write it,train/a/0.png\n")
     assert read()[0].tolist() == [3, 1, 1, 1] and read()[1] != sha256
+
+
+def test_image_weights_of_a_named_set(tmp_path):
+    """There an image's name is its number; a number that it has elsewhere is skipped."""
+    path = tmp_path / "weights.csv"
+    split = Split(torch.zeros(4, 1, 1, 1), torch.zeros(2), ["1", "3"], torch.tensor([1, 3]))
+    path.write_text("file,weight\n3,5\n0,7\n2,7\n")
+    assert losses.image_weights(str(path), "digits", split)[0].tolist() == [1, 5]
+    for name in ("4", "01", "-1", "1.0", "a", ""):
+        path.write_text(f"file,weight\n{name},1\n")
+        with pytest.raises(UserError, match=f"line 2: '{name}' is not an image of digits"):
+            losses.image_weights(str(path), "digits", split)
 
 
 @pytest.mark.parametrize(
