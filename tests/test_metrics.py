@@ -1,6 +1,7 @@
 """The figures agree with scikit-learn, and an evaluation counts every image once."""
 
 import contextlib
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,6 +38,7 @@ def test_figures(classes, met, claimed):
     logits[:, :claimed] += 8
     logits[range(200), labels] += 1
     result = figures(rows_of(logits, labels), classes)
+    assert json.loads(json.dumps(result)) == result  # plain numbers
 
     names = list(range(classes))
     predicted = logits.argmax(1)

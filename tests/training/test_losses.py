@@ -182,11 +182,16 @@ def test_distillation():
     """Nothing is lost on a teacher's own answers; else Hinton's softened divergence."""
     assert losses.distillation(LOGITS, LOGITS, 4.0).abs().max() < 1e-6
     other = LOGITS.flip(1)
-    p, q = (other / 2).softmax(1), (LOGITS / 2).softmax(1)
-    wanted = 4 * (p * (p.log() - q.log())).sum(1)
-    torch.testing.assert_close(losses.distillation(LOGITS, other, 2.0), wanted)
+    p, q = (other / 3).softmax(1), (LOGITS / 3).softmax(1)
+    wanted = 9 * (p * (p.log() - q.log())).sum(1)
+    torch.testing.assert_close(losses.distillation(LOGITS, other, 3.0), wanted)
     half = Objective(
-        "mse", 3, torch.ones(3), teacher=lambda images: other, share=0.5, temperature=2
+        "mse", 3, torch.ones(3), teacher=lambda images: other, share=0.5, temperature=3
     )
     both = 0.5 * image_losses("mse", LOGITS, HARD) + 0.5 * wanted
     torch.testing.assert_close(half(LOGITS, HARD, None), both.sum())
+    plain = Objective("mse", 3, torch.ones(3), teacher=lambda images: other, share=1.0)
+    sharp = losses.distillation(LOGITS, other, 1.0)  # where no temperature is said
+    torch.testing.assert_close(plain(LOGITS, HARD, None), sharp.sum())
+    none = Objective("mse", 3, torch.ones(3), teacher=lambda images: other)
+    torch.testing.assert_close(none(LOGITS, HARD, None), image_losses("mse", LOGITS, HARD).sum())

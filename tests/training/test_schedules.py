@@ -98,6 +98,7 @@ def test_onecycle_is_that_of_torch():
             optimizer.step()
             theirs.step()
     assert schedule.factor(1999, 1.0, 2000) == pytest.approx(4e-6, rel=1e-6)
+    assert schedule.factor(200, 0.1, 2000) == pytest.approx(1, abs=1e-9)
     adam = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
     schedule.apply(adam, 0, [])
     assert adam.param_groups[0]["betas"] == (pytest.approx(0.95, abs=1e-5), 0.999)
@@ -117,6 +118,7 @@ def test_apply():
         ("constant", [], lambda progress: 1),
         ("linear", [], lambda progress: 1 - progress),
         ("plateau:0.1:0", [1.0, 0.5, 0.5], lambda progress: 0.01),
+        ("plateau:0.1:0", [0.1, 0.2, 0.3], lambda progress: 1),
     ):
         schedule = Schedule(text, "0", 10, lr=0.3, plan=Plan(marks))
         for step, progress in ((0, 0.005), (9, 0.095), (10, 0.525), (19, 0.975)):
@@ -124,6 +126,7 @@ def test_apply():
             assert lr == pytest.approx(0.3 * wanted(progress)), (text, step)
             assert [group["lr"] for group in optimizer.param_groups] == [lr, lr]
             assert [group["betas"] for group in optimizer.param_groups] == [(0.8, 0.99)] * 2
+    assert Schedule("constant", "0", 10, plan=Plan(marks)).apply(optimizer, 0, []) == 1
 
 
 @pytest.mark.parametrize("patience", [0, 1, 3])
