@@ -1,6 +1,7 @@
 """Any number of processes sees the same batches, and every image counts once and the same."""
 
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_evaluation_meets_every_image_once(count, world):
 
 
 @pytest.mark.parametrize("seed", [None, 1])
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
 @pytest.mark.parametrize("count", [24, 27, 30, 49])
 def test_processes_share_a_batch(count, world, seed):
     """A step's batch holds the same images on any number of processes, the last one too.
@@ -81,6 +82,9 @@ def test_training_batches(world, batch):
         met = joined(rows for part in parts for _, rows, _, share in part if share)
         assert len(met) == len(set(met)) == sum(size for _, _, size, _ in parts[0])
         assert len(met) == (count - 1 if count % total == 1 and total > 1 else count)
+        for step in zip(*parts, strict=True):  # as many processes as can take part, do
+            sharing = max(1, min(world, step[0][2] // min(2, batch)))
+            assert sum(share > 0 for *_, share in step) == sharing
 
 
 def test_start():
@@ -139,6 +143,7 @@ def test_photographs(tmp_path, make_folder, mode):
     assert not part.in_memory
     assert data.image_size == (32, 32)
     assert data.channels == (3 if mode == "RGB" else 1)
+    assert data.loader("train", 4, workers=1).persistent_workers
     alone, shared = (batches(data.loader("train", 4, workers=n)) for n in (0, 2))
     assert len(alone) == len(shared) == 3
     for batch, other in zip(alone, shared, strict=True):
@@ -175,6 +180,38 @@ def test_random_crops(tmp_path, make_folder):
         assert all(np.array_equal(image, first[i]) for i, image in half.items())
     for other in (crops(1, 8), crops(0, 8, seed=4)):
         assert not any(np.array_equal(other[i], first[i]) for i in range(8))
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_settings_of_a_loader(monkeypatch, gpu):
+    """Images in memory need no worker processes, and are pinned only for a GPU to copy."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    loader = memory(4).loader("train", 2, workers=2)
+    assert loader.num_workers == 0 and not loader.persistent_workers
+    assert loader.pin_memory == gpu
+
+
+@pytest.mark.parametrize(("free", "moves"), [(48, False), (49, True)])
+def test_small_images_move_to_a_gpu(monkeypatch, free, moves):
+    """All splits share one copy there, made if it takes less than half of the free memory."""
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor.clone())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1000))
+    data = memory(24)
+    images, part = data.splits["train"].images, data.splits["train"]
+    rows = torch.arange(5)
+    data.splits["val"] = Split(images, part.labels[:5], part.names[:5], rows)
+    data.splits["files"] = Split(["a.jpg"], torch.zeros(1), ["a.jpg"])
+    before = [part.labels, part.rows]
+    data.to(torch.device("cpu"))
+    assert part.images is images and part.labels is before[0] and part.rows is before[1]
+    data.to(SimpleNamespace(type="cuda"))
+    assert (part.images is not images) == moves
+    assert part.images is data.splits["val"].images and torch.equal(part.images, images)
+    assert all(
+        (now is not was) == moves for now, was in zip((part.labels, part.rows), before, strict=True)
+    )
+    assert (data.splits["val"].rows is not rows) == moves
+    assert data.splits["files"].images == ["a.jpg"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
