@@ -58,14 +58,12 @@ SURVIVORS = {
         "zip(images, index.tolist(), strict=False)": "a guard: no caller has more images",
         "<= 0.5": "one draw in 16 million is 0.5",
         "len(index) >= 1": "an image that is mixed with itself stays as it is",
-        "torch.arange(side) +": "only a GPU notices",
-        "one = torch.ones(len(images), dtype=torch.int64)": "only a GPU notices",
         "one <= 0": "ones are above 0",
         "one < 1": "ones are not below 1",
     },
     "lenslet/data/batches.py": {
-        "→ index = torch.tensor(indices)": "only a GPU notices",
-        "_replace(images=images, labels=labels)": "only a GPU notices",
+        "for i, draw in zip(indices, draws)": "a guard: there is a draw for each",
+        "strict=False": "a guard: there is a draw for each",
     },
     "lenslet/data/split.py": {
         "first <= ": "a whole number is never 25.6 or 51.2",
@@ -76,6 +74,7 @@ SURVIVORS = {
         "stable=False": "torch sorts stably on a CPU in any case, but promises it only if told",
     },
     "lenslet/runs/checkpoint.py": {
+        "path.name[:2]": "a checkpoint's number has six digits or more",
         "indent=2": "spaces between the entries of JSON",
         'return "" → return None': "None is no fault either",
     },

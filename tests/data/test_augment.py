@@ -54,6 +54,13 @@ def test_shifts_and_flips(channels, height, width, reach):
         assert torch.equal(augment(images, kind, False, 0, 0, index), changed)
 
 
+def test_augmentation_computes_where_the_images_are():
+    """Nothing is left on the CPU: here on a device that computes shapes only."""
+    images, index = random_images(4).to("meta"), torch.arange(4, device="meta")
+    assert augment(images, "standard", False, 0, 0, index).device.type == "meta"
+    assert {view.device.type for _, view in tta_views(images, "standard", False)} == {"meta"}
+
+
 def test_what_is_drawn():
     """The same shifts in every version of this code: a run is trained again to the same bits."""
     images, index = random_images(8), torch.arange(100, 108)

@@ -144,6 +144,7 @@ def test_photographs(tmp_path, make_folder, mode):
     assert data.image_size == (32, 32)
     assert data.channels == (3 if mode == "RGB" else 1)
     assert data.loader("train", 4, workers=1).persistent_workers
+    assert data.loader("train", 4).num_workers == 0
     alone, shared = (batches(data.loader("train", 4, workers=n)) for n in (0, 2))
     assert len(alone) == len(shared) == 3
     for batch, other in zip(alone, shared, strict=True):
@@ -180,6 +181,18 @@ def test_random_crops(tmp_path, make_folder):
         assert all(np.array_equal(image, first[i]) for i, image in half.items())
     for other in (crops(1, 8), crops(0, 8, seed=4)):
         assert not any(np.array_equal(other[i], first[i]) for i in range(8))
+
+
+def test_batches_are_on_the_device():
+    """All of a batch is where the network is, and indices are where the images are."""
+    meta, data = torch.device("meta"), memory(4)  # a device that computes shapes only
+    for batch in on_device(data.loader("train", 2), meta):
+        assert {part.device for part in batch[:3]} == {meta}
+    part = data.splits["train"]
+    part.images, part.labels, part.rows = (
+        tensor.to(meta) for tensor in (part.images, part.labels, part.rows)
+    )
+    assert {part.device for part in data.batch("train", [1, 3])[:3]} == {meta}
 
 
 @pytest.mark.parametrize("gpu", [False, True])
