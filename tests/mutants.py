@@ -62,6 +62,10 @@ SURVIVORS = {
         "one < 1": "ones are not below 1",
     },
     "lenslet/data/batches.py": {
+        "batches.read(1, ": "the epoch is for random crops only",
+        "count > 2": "whatever a batch holds, 2 images do not leave one",
+        '.type == "cpu"': "only a GPU notices",
+        "(part.to(device) for": "only a GPU notices",
         "for i, draw in zip(indices, draws)": "a guard: there is a draw for each",
         "strict=False": "a guard: there is a draw for each",
     },

@@ -11,6 +11,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from lenslet.data.batches import Batch, BatchSampler, Data, Split, evenly_spaced, on_device
 from lenslet.data.decode import UnreadableImage, read_image
 from lenslet.data.load import load
+from lenslet.distributed.interrupts import ignore_signals
 
 CPU = torch.device("cpu")
 
@@ -157,6 +158,13 @@ def test_photographs(tmp_path, make_folder, mode):
     assert np.array_equal(images[3].permute(1, 2, 0), expected)
 
 
+@pytest.mark.parametrize(("side", "small"), [(64, True), (65, False)])
+def test_what_is_small(tmp_path, make_folder, side, small):
+    """Images of up to 64 pixels are kept in memory."""
+    root = make_folder(tmp_path / "p", {"train": 1}, size=(20, side))
+    assert load(str(root), ["train"], val=0).splits["train"].in_memory == small
+
+
 def test_random_crops(tmp_path, make_folder):
     """A crop depends on seed, epoch and image: not on workers, processes or the batch."""
     root = make_folder(tmp_path / "p", {"train": 4}, size=(70, 70), suffix=".bmp")
@@ -200,6 +208,7 @@ def test_settings_of_a_loader(monkeypatch, gpu):
     """Images in memory need no worker processes, and are pinned only for a GPU to copy."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     loader = memory(4).loader("train", 2, workers=2)
+    assert len(loader.dataset) == 4 and loader.worker_init_fn is ignore_signals
     assert loader.num_workers == 0 and not loader.persistent_workers
     assert loader.pin_memory == gpu
 
