@@ -66,6 +66,8 @@ SURVIVORS = {
         "count > 2": "whatever a batch holds, 2 images do not leave one",
         '.type == "cpu"': "only a GPU notices",
         "(part.to(device) for": "only a GPU notices",
+        "self.split.labels.device)": "only a GPU notices",
+        "non_blocking=False": "only a GPU notices",
         "for i, draw in zip(indices, draws)": "a guard: there is a draw for each",
         "strict=False": "a guard: there is a draw for each",
     },

@@ -11,6 +11,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from lenslet.data.batches import Batch, BatchSampler, Data, Split, evenly_spaced, on_device
 from lenslet.data.decode import UnreadableImage, read_image
 from lenslet.data.load import load
+from lenslet.distributed.determinism import uniform
 from lenslet.distributed.interrupts import ignore_signals
 
 CPU = torch.device("cpu")
@@ -86,6 +87,8 @@ def test_training_batches(world, batch):
         for step in zip(*parts, strict=True):  # as many processes as can take part, do
             sharing = max(1, min(world, step[0][2] // min(2, batch)))
             assert sum(share > 0 for *_, share in step) == sharing
+            assert all(share or len(rows) == min(2, batch) for _, rows, _, share in step)
+    assert list(BatchSampler(1, 5, 0)) == [(0, [0], 1, 1.0)]  # all there is
 
 
 def test_start():
@@ -234,6 +237,26 @@ def test_small_images_move_to_a_gpu(monkeypatch, free, moves):
     )
     assert (data.splits["val"].rows is not rows) == moves
     assert data.splits["files"].images == ["a.jpg"]
+
+
+def test_draws_of_crops(tmp_path, make_folder, monkeypatch):
+    """A photograph is cropped by four numbers of its seed, epoch and index; or by none."""
+    root = make_folder(tmp_path / "p", {"train": 2}, size=(70, 70))
+    data = load(str(root), ["train"], val=0)
+    drawn = []
+
+    def read(path, channels, size, crop, draws):
+        drawn.append(draws)
+        return np.zeros((*size, channels), np.uint8)
+
+    monkeypatch.setattr("lenslet.data.batches.read_image", read)
+    loader = data.loader("train", 4, seed=3, augment="light")
+    loader.sampler.epoch = 5
+    (batch,) = batches(loader)
+    assert drawn == uniform(3, 5, batch.index, 4).tolist()
+    drawn.clear()
+    batches(data.loader("train", 4, seed=3))
+    assert drawn == [None] * 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
