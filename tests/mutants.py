@@ -53,6 +53,12 @@ SURVIVORS = {
         "strict=False": "a guard: every column has a number for each class",
         "zip(*columns)": "a guard: every column has a number for each class",
     },
+    "lenslet/weights.py": {
+        "tensor.detach().clone(": "only a GPU notices",
+        "tensor.detach().contiguous()": "only a GPU notices",
+        "json.dumps(v) for": "JSON says the same in ASCII",
+        "ensure_ascii=True": "JSON says the same in ASCII",
+    },
     "lenslet/data/augment.py": {
         "zip(images, index.tolist())": "a guard: no caller has more images than indices",
         "zip(images, index.tolist(), strict=False)": "a guard: no caller has more images",
