@@ -14,6 +14,7 @@ A test that starts other processes would not meet it there, so TESTS has none of
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import importlib
 import os
@@ -49,7 +50,7 @@ SURVIVORS = {
         "gather(rows).double()": "only a GPU notices",
         "rows[:, 1] >= 0": "what pads the rows has -1 in every column",
         "pad_index=-2": "any number below 0 is no index",
-        ".clamp(min=2)": "f1: a hit counts twice, so a sum of 1 has none, and 0 over anything is 0",
+        "guessed).clamp(min=2)": "a hit counts twice: a sum of 1 has none, and 0 / 2 is 0 too",
         "strict=False": "a guard: every column has a number for each class",
         "zip(*columns)": "a guard: every column has a number for each class",
     },
@@ -80,7 +81,7 @@ SURVIVORS = {
     "lenslet/data/split.py": {
         "first <= ": "a whole number is never 25.6 or 51.2",
         "→ least = labels.bincount(minlength=1).min()": "a number as a tensor prints alike",
-        "((counts > 0).sum())": "a number as a tensor compares and prints alike",
+        ":= ((counts > 0).sum())": "a number as a tensor compares and prints alike",
         "limit > len(labels)": "so many images are all of them, in order, below too",
         "share.argsort()": "torch sorts stably on a CPU in any case, but promises it only if told",
         "stable=False": "torch sorts stably on a CPU in any case, but promises it only if told",
@@ -187,7 +188,10 @@ class Source:
             case ast.Call(args=arguments, keywords=keywords):
                 given = [*arguments, *keywords]
                 for k in range(len(arguments), len(given)):
-                    yield end(given[k - 1]) if k else begin(given[0]), end(given[k]), ""
+                    if k:
+                        yield end(given[k - 1]), end(given[k]), ""
+                    else:  # with the comma behind it
+                        yield begin(given[0]), begin(given[1]) if given[1:] else end(given[0]), ""
             case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Break() | ast.Continue():
                 yield begin(node), end(node), "pass"
             case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
@@ -211,9 +215,10 @@ class Source:
 
 
 def fork(module: str, text: str, folder: Path) -> int:
-    """Start the tests of a module in a process of its own, where its text is this one."""
+    """Start the tests of a module in a group of processes, where the module's text is this one."""
     if process := os.fork():
         return process
+    os.setpgid(0, 0)
     signal.alarm(SECONDS)  # ends the process, whatever it does
     output = os.open(folder.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
@@ -232,6 +237,39 @@ def fork(module: str, text: str, folder: Path) -> int:
         os._exit(status)
 
 
+def kill(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def run(mutants: list[tuple], jobs: int) -> Iterator[tuple[tuple, int, str]]:
+    """(mutant, exit status, output) of each, as they end.  A mutant: (module, …, its text)."""
+    waiting, running, folder = list(enumerate(mutants)), {}, Path(tempfile.mkdtemp())
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                number, mutant = waiting.pop(0)
+                running[fork(mutant[0], mutant[-1], folder / str(number))] = number, mutant
+            process, status = os.wait()
+            kill(process)  # what it has started, if that is still there
+            number, mutant = running.pop(process)
+            output = (folder / f"{number}.txt").read_text(errors="replace")
+            shutil.rmtree(folder / str(number), ignore_errors=True)
+            yield mutant, os.waitstatus_to_exitcode(status), output
+    finally:
+        for process in running:
+            kill(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def known(module: str, before: str, after: str) -> str | None:
+    """The entry of SURVIVORS for a change."""
+    for entry in SURVIVORS.get(module, {}):
+        if f"{before} → {after}".endswith(entry) or (entry in after and entry not in before):
+            return entry
+    return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("modules", nargs="*", default=list(TESTS), metavar="module")
@@ -239,6 +277,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="which mutants (default: 0)")
     parser.add_argument("--jobs", type=int, default=2, help="at a time (default: 2)")
     args = parser.parse_args()
+    if unknown := set(args.modules) - set(TESTS):
+        parser.error(f"{min(unknown)} has no tests here: choose from {', '.join(TESTS)}")
     os.chdir(ROOT)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     for name in LIBRARIES.split():
@@ -247,52 +287,29 @@ def main() -> int:
     every = [(module, *mutant) for module in sources for mutant in sources[module].mutants()]
     # Drawn by what they are: an edit of the code changes few of those that are drawn.
     every.sort(key=lambda m: hashlib.sha256(repr((args.seed, m[0], *m[2:4])).encode()).digest())
-    every = every[: args.number or None]
-    folder = Path(tempfile.mkdtemp())
-
-    def run(mutants: list[tuple]) -> Iterator[tuple[tuple, int, str]]:
-        """(mutant, exit status, output) of each, as they end."""
-        waiting, running = list(enumerate(mutants)), {}
-        while waiting or running:
-            while waiting and len(running) < args.jobs:
-                number, mutant = waiting.pop(0)
-                running[fork(mutant[0], mutant[-1], folder / str(number))] = number, mutant
-            process, status = os.wait()
-            number, mutant = running.pop(process)
-            output = (folder / f"{number}.txt").read_text(errors="replace")
-            shutil.rmtree(folder / str(number), ignore_errors=True)
-            yield mutant, os.waitstatus_to_exitcode(status), output
-
-    try:
-        began = time.monotonic()
-        for (module, *_), status, output in run([(m, sources[m][:]) for m in sources]):
-            if status:
-                print(output, f"{module}: its tests fail without a change", sep="\n")
-                return 1
-        killed, slow, unlisted = 0, 0, 0
-        for (module, line, before, after, _), status, _ in run(every):
-            killed += status != 0
-            slow += status == -signal.SIGALRM
-            known = SURVIVORS.get(module, {})
-            change = f"{before} → {after}"
-            found = (
-                known[k] for k in known if change.endswith(k) or (k in after and k not in before)
-            )
-            reason = next(found, None)
-            unlisted += not status and not reason
-            if not status:
-                print(f"{module}:{line}: {reason or 'no test fails'}\n  - {before}\n  + {after}")
-            elif reason:
-                print(f"{module}:{line}: is in SURVIVORS, but was killed\n  + {after}")
-            sys.stdout.flush()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    minutes = (time.monotonic() - began) / 60
+    for (module, *_), status, output in run([(m, sources[m][:]) for m in sources], args.jobs):
+        if status:
+            print(output, f"{module}: its tests fail without a change", sep="\n")
+            return 1
+    began, drawn = time.monotonic(), every[: args.number or None]
+    killed, slow, unlisted = 0, 0, 0
+    for (module, line, before, after, _), status, _ in run(drawn, args.jobs):
+        entry = known(module, before, after)
+        killed += status != 0
+        slow += status == -signal.SIGALRM
+        unlisted += not status and not entry
+        if not status or entry:
+            said = SURVIVORS[module][entry] if entry else "no test fails"
+            said = f"killed, but in SURVIVORS ({said})" if status else said
+            print(f"{module}:{line}: {said}\n  - {before}\n  + {after}", flush=True)
+    unused = {(module, entry) for module in sources for entry in SURVIVORS.get(module, {})}
+    for module, entry in unused - {(m[0], known(m[0], *m[2:4])) for m in every}:
+        print(f"{module}: in SURVIVORS, but no change: {entry}")
     print(
-        f"{killed} of {len(every)} mutants killed ({killed / len(every):.1%}, {slow} by time), "
-        f"{unlisted} of the others not in SURVIVORS; {minutes:.0f} minutes"
+        f"{killed} of {len(drawn)} mutants killed ({killed / len(drawn):.1%}, {slow} by time), "
+        f"{unlisted} of the others not in SURVIVORS; {(time.monotonic() - began) / 60:.0f} minutes"
     )
-    return int(unlisted > 0 or killed < SHARE * len(every))
+    return int(unlisted > 0 or killed < SHARE * len(drawn))
 
 
 if __name__ == "__main__":
