@@ -70,6 +70,7 @@ SURVIVORS = {
     },
     "lenslet/data/batches.py": {
         "batches.read(1, ": "the epoch is for random crops only",
+        "→ key = (split.images)": "a tensor is a key by its identity, too",
         "count > 2": "whatever a batch holds, 2 images do not leave one",
         '.type == "cpu"': "only a GPU notices",
         "(part.to(device) for": "only a GPU notices",

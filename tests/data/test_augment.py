@@ -34,7 +34,9 @@ def find_shift(image, original, reach):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("height", "width", "reach"), [(28, 28, 2), (32, 36, 2), (8, 8, 1)])
+@pytest.mark.parametrize(
+    ("height", "width", "reach"), [(28, 28, 2), (32, 36, 2), (22, 24, 2), (8, 8, 1)]
+)
 def test_shifts_and_flips(channels, height, width, reach):
     """Every augmented image is a window of its reflected original, mirrored or not."""
     images, index = random_images(200, channels, height, width), torch.arange(200)
