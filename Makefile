@@ -49,7 +49,7 @@ TENSORBOARD = import os, sys; from tensorboard import main; from tensorboard.bac
     (folder, [os.path.join(folder, file) for file in files]) for folder, _, files in os.walk(top)); \
   sys.exit(main.run_main())
 
-.PHONY: help setup data train test predict tensorboard reproduce folds bench results check check-all clean
+.PHONY: help setup data train test predict tensorboard reproduce folds bench results check check-all mutants clean
 
 help:
 	@echo 'make setup                     make $(VENV) and install what the commands need'
@@ -66,6 +66,7 @@ help:
 	@echo 'make bench                     compare speeds with what people use otherwise: half an hour   [DATA= ARGS=]'
 	@echo 'make results                   draw the plot of the README, and compare its tables with results/   [ARGS=]'
 	@echo 'make check                     unit tests of this code (ruff + pytest); check-all: the slow ones too'
+	@echo 'make mutants                   do the tests notice 320 small changes of the code?   [ARGS=]'
 	@echo 'make clean                     remove the environment and caches, but no data and no run'
 
 setup: $(VENV)/.ready
@@ -115,6 +116,9 @@ check: $(VENV)/.ready-dev
 
 check-all: check
 	$(BIN)/python -m pytest -m slow
+
+mutants: $(VENV)/.ready-dev
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache __pycache__ */__pycache__ */*/__pycache__

@@ -1,5 +1,9 @@
 """The figures agree with scikit-learn, and an evaluation counts every image once."""
 
+import contextlib
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import sklearn.metrics
@@ -10,7 +14,7 @@ from torch.nn import functional as F
 
 from lenslet.data.batches import Data, Split
 from lenslet.data.prepare import Prepare
-from lenslet.metrics import evaluate, figures
+from lenslet.metrics import evaluate, evaluation_batch, figures, score
 
 
 def rows_of(logits, labels):
@@ -34,6 +38,7 @@ def test_figures(classes, met, claimed):
     logits[:, :claimed] += 8
     logits[range(200), labels] += 1
     result = figures(rows_of(logits, labels), classes)
+    assert json.loads(json.dumps(result)) == result  # plain numbers
 
     names = list(range(classes))
     predicted = logits.argmax(1)
@@ -64,6 +69,14 @@ def test_figures(classes, met, claimed):
     assert result["top5"] == pytest.approx(top5)
 
 
+def test_figures_of_few_images():
+    """One image is enough for a class to have its figures."""
+    rows = torch.tensor([[0, 0, 0, 1, 0.5, 1.0], [1, 2, 2, 1, 0.5, 0.5]]).double()
+    every = figures(rows, 3)["per_class"]
+    assert [row["f1"] for row in every] == [1, None, 1]
+    assert [row["recall"] for row in every] == [row["precision"] for row in every] == [1, 0, 1]
+
+
 class Stub(nn.Module):
     """Logits [N, classes] that are a fixed function of the image's first pixels."""
 
@@ -77,20 +90,28 @@ class Stub(nn.Module):
         return images.flatten(1) @ self.weight
 
 
+PREPARE = Prepare([0.5] * 3, [0.25] * 3, (2, 2))
+
+
+def noise(count, classes):
+    """A data set of tiny images, with labels of all classes."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 2, 2), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    names = [str(i) for i in range(classes)]
+    part = Split(images, labels, [str(i) for i in range(count)])
+    return Data("images", names, 3, (2, 2), 1.0, {"test": part}, "")
+
+
 @pytest.mark.parametrize("classes", [3, 8])
 @pytest.mark.parametrize("batch_size", [1, 5, 23, 64])
 def test_evaluate(batch_size, classes):
     """A row per image, in order, whatever the batches; the loss is the cross-entropy."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (23, 3, 2, 2), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(0, classes, (23,), generator=generator)
-    part = Split(images, labels, [str(i) for i in range(23)])
-    names = [str(i) for i in range(classes)]
-    data = Data("images", names, 3, (2, 2), 1.0, {"test": part}, "")
-    prepare, model = Prepare([0.5] * 3, [0.25] * 3, (2, 2)), Stub(classes)
-    rows = evaluate(model, data.loader("test", batch_size), prepare, Accelerator(cpu=True))
+    data, model = noise(23, classes), Stub(classes)
+    rows = evaluate(model, data.loader("test", batch_size), PREPARE, Accelerator(cpu=True))
 
-    expected = rows_of(model(prepare(images)).detach(), labels)
+    part = data.splits["test"]
+    expected = rows_of(model(PREPARE(part.images)).detach(), part.labels)
     assert rows.dtype == torch.float64
     assert torch.equal(rows[:, :4], expected[:, :4])
     assert np.allclose(rows, expected, atol=1e-5)
@@ -98,12 +119,94 @@ def test_evaluate(batch_size, classes):
 
 def test_evaluate_leaves_no_gradients():
     """Measuring a network records nothing for a backward pass."""
-    images = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
-    part = Split(images, torch.tensor([0, 1]), ["0", "1"])
-    data = Data("images", ["a", "b"], 3, (2, 2), 1.0, {"test": part}, "")
-    model = Stub(2).train()
-    prepare = Prepare([0.5] * 3, [0.25] * 3, (2, 2))
-    rows = evaluate(model, data.loader("test", 2), prepare, Accelerator(cpu=True))
+    data, model = noise(2, 2), Stub(2).train()
+    rows = evaluate(model, data.loader("test", 2), PREPARE, Accelerator(cpu=True))
     assert not rows.requires_grad
     assert model.weight.grad is None
     assert not model.training
+
+
+def test_views_are_averaged():
+    """What counts is the mean of the probabilities, by the weights of the views."""
+    data, model = noise(9, 4), Stub(4)
+    loader, images = data.loader("test", 9), data.splits["test"].images
+    views = lambda images: [(0.75, images), (0.25, images.flip(3))]  # noqa: E731
+    rows = evaluate(model, loader, PREPARE, Accelerator(cpu=True), views=views)
+    one, other = (model(PREPARE(x)).softmax(1) for x in (images, images.flip(3)))
+    expected = rows_of((0.75 * one + 0.25 * other).log().detach(), data.splits["test"].labels)
+    assert np.allclose(rows, expected, atol=1e-5)
+
+
+def test_losses_are_exact_in_bf16():
+    """The network computes in the precision of the run; its losses are taken in float32."""
+    data, model = noise(9, 4), Stub(4)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    rows = evaluate(model, data.loader("test", 9), PREPARE, accelerator)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(PREPARE(data.splits["test"].images))
+    assert logits.dtype == torch.bfloat16
+    expected = rows_of(logits.detach().float(), data.splits["test"].labels)
+    assert np.allclose(rows, expected, atol=1e-5)
+
+
+def test_rows_of_other_processes():
+    """Rows that pad those of a process are left out, and all are put in the split's order."""
+    data, model = noise(9, 4), Stub(4)
+    whole = evaluate(model, data.loader("test", 4), PREPARE, Accelerator(cpu=True))
+    other = whole[[1, 3, 5, 7]].float()
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"),
+        autocast=contextlib.nullcontext,
+        pad_across_processes=lambda rows, pad_index=0: F.pad(rows, (0, 0, 0, 1), value=pad_index),
+        gather=lambda rows: torch.cat([other, rows]),
+    )
+    rows = evaluate(model, data.loader("test", 4, world=2), PREPARE, accelerator)
+    assert torch.equal(rows, whole)
+
+
+def test_a_signal_ends_an_evaluation():
+    """It ends before the next batch, and has no rows, where the processes agree to stop."""
+    data, model, met, accelerator = noise(6, 4), Stub(4), [], Accelerator(cpu=True)
+
+    def agree(wait=False):
+        assert wait
+        interrupts.stop = interrupts.asked
+
+    def views(images):
+        met.append(len(images))
+        interrupts.asked = 143 * (len(met) == last)
+        return [(1.0, images)]
+
+    for last, batches in ((2, 2), (9, 3)):
+        met.clear()
+        interrupts = SimpleNamespace(asked=0, stop=0, agree=agree)
+        rows = evaluate(model, data.loader("test", 2), PREPARE, accelerator, interrupts, views)
+        assert met == [2] * batches and (rows is None) == (last == 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ((512, 1, 1, True), 2048),
+        ((512, 4, 1, True), 512),
+        ((16, 1, 1, True), 256),
+        ((16, 1, 1, False), 64),
+        ((2, 4, 1, False), 1),
+        ((2, 4, 8, False), 8),
+        ((7, 2, 1, False), 12),
+    ],
+)
+def test_evaluation_batch(given, wanted):
+    """Four times the images of a training step, at least one a process, and 256 small ones."""
+    assert evaluation_batch(*given) == wanted
+
+
+def test_score():
+    """A larger score is a better epoch: accuracy if nothing is said, or minus the loss."""
+    record = {"val_loss": 0.25, "val_accuracy": 0.5, "val_f1": 0.75}
+    assert [score(record, metric) for metric in (None, "accuracy", "f1", "loss")] == [
+        0.5,
+        0.5,
+        0.75,
+        -0.25,
+    ]

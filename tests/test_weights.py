@@ -1,6 +1,7 @@
 """Weights come back exactly as they were saved, or are refused; no code from a file is run."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ from torch import nn
 
 from lenslet import weights
 from lenslet.errors import UserError
-from lenslet.weights import digest, encode, read, read_header
+from lenslet.weights import digest, encode, read, read_header, storable
 from model import create_model
 
 
@@ -53,8 +54,9 @@ def test_tied_weights(tmp_path):
     tied = nn.Linear(3, 3)
     state = {"one.weight": tied.weight, "two.weight": tied.weight}
     (tmp_path / "m.safetensors").write_bytes(encode(state, HEADER))
-    tensors = read(tmp_path / "m.safetensors")[0]
+    tensors = read(str(tmp_path / "m.safetensors"))[0]
     assert all(torch.equal(tensors[name], tied.weight) for name in state)
+    assert not storable(tied.weight).requires_grad
 
 
 def test_digest():
@@ -67,6 +69,9 @@ def test_digest():
     changed = a.clone()
     changed[1, 2, 3, 4] = torch.nextafter(changed[1, 2, 3, 4], torch.tensor(9.0))
     assert digest({"a": changed, "b": b}) != whole
+    for kind, size in ((torch.bfloat16, 2), (torch.float64, 8)):
+        zeros = {"a": nn.Parameter(torch.zeros(2, 3, dtype=kind)), "b": torch.tensor(7).byte()}
+        assert digest(zeros) == hashlib.sha256(bytes(6 * size) + b"\7").hexdigest()
 
 
 def test_no_weights(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lenslet.data.augment import AUGMENTATIONS, Augment, augment, tta_views
+from lenslet.distributed.determinism import derive
 
 
 def random_images(count, channels=3, height=28, width=28):
@@ -33,7 +34,9 @@ def find_shift(image, original, reach):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("height", "width", "reach"), [(28, 28, 2), (32, 36, 2), (8, 8, 1)])
+@pytest.mark.parametrize(
+    ("height", "width", "reach"), [(28, 28, 2), (32, 36, 2), (22, 24, 2), (8, 8, 1)]
+)
 def test_shifts_and_flips(channels, height, width, reach):
     """Every augmented image is a window of its reflected original, mirrored or not."""
     images, index = random_images(200, channels, height, width), torch.arange(200)
@@ -49,6 +52,27 @@ def test_shifts_and_flips(channels, height, width, reach):
         assert {f[2] for f in found} == flips
         if len(flips) == 2:
             assert 60 < sum(f[2] for f in found) < 140
+    for kind in ("trivial", "rand"):
+        assert torch.equal(augment(images, kind, False, 0, 0, index), changed)
+
+
+def test_augmentation_computes_where_the_images_are():
+    """Nothing is left on the CPU: here on a device that computes shapes only."""
+    images, index = random_images(4).to("meta"), torch.arange(4, device="meta")
+    assert augment(images, "standard", False, 0, 0, index).device.type == "meta"
+    assert {view.device.type for _, view in tta_views(images, "standard", False)} == {"meta"}
+
+
+def test_what_is_drawn():
+    """The same shifts in every version of this code: a run is trained again to the same bits."""
+    images, index = random_images(8), torch.arange(100, 108)
+    changed = augment(images, "standard", False, 7, 1, index)
+    pairs = zip(changed.numpy(), images.numpy(), strict=True)
+    shifts = [(2, 1), (3, 0), (1, 4), (1, 4), (0, 1), (0, 1), (2, 0), (0, 3)]
+    mirrored = [True, False, False, False, False, True, True, False]
+    assert [find_shift(image, original, 2) for image, original in pairs] == [
+        (*shift, flip) for shift, flip in zip(shifts, mirrored, strict=True)
+    ]
 
 
 def test_decoded_photographs_are_only_flipped():
@@ -64,9 +88,18 @@ def test_decoded_photographs_are_only_flipped():
 def test_mirroring_alternates():
     """Two epochs in a row show every image both ways, and then the same again."""
     images, index = random_images(40), torch.arange(40)
-    first, second, third = (augment(images, "standard", True, 0, e, index) for e in range(3))
-    assert torch.equal(first, third)
-    assert torch.equal(second, first.flip(3))
+    first, *others = (augment(images, "standard", True, 0, e, index) for e in range(5))
+    for epoch, other in enumerate(others, 1):
+        assert torch.equal(other, first.flip(3) if epoch % 2 else first)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("size", "moves"), [((1, 9), 0), ((9, 1), 0), ((1, 1), 0), ((2, 2), 2)])
+def test_views_of_tiny_pictures(size, moves, count):
+    """An image of one line has nowhere to move; one of two has."""
+    images = random_images(count, 1, *size)
+    assert len(tta_views(images, "light", False)) == 1 + moves
+    assert len(tta_views(images, "standard", False)) == 2 * (1 + moves)
 
 
 def test_views():
@@ -82,6 +115,7 @@ def test_views():
         shown = tta_views(images, kind, decoded)
         assert len(shown) == count
         assert sum(weight for weight, _ in shown) == 1
+        met = set()
         for weight, view in shown:
             offsets = [
                 find_shift(a, b, 1) for a, b in zip(view.numpy(), images.numpy(), strict=True)
@@ -89,8 +123,10 @@ def test_views():
             down, across, _ = offsets[0]
             assert set(offsets) == {offsets[0]}
             assert down == across
+            met.add(offsets[0])
             if count == 6:
                 assert weight == (0.25 if down == 1 else 0.125)
+        assert len(met) == count  # no view twice
 
 
 def test_augment_is_keyed():
@@ -147,9 +183,22 @@ def test_every_augmentation_is_keyed(changes, decoded, channels):
     assert torch.equal(one, images) == (not random) or decoded
     assert torch.equal(one, other) == (not random) or decoded
     assert torch.equal(one, seeded) == (not random) or decoded
+    if changes["kind"] in ("trivial", "rand"):
+        assert not torch.equal(one, augment(images, "standard", decoded, 7, 2, index))
     if not changes["mixup"] and not changes["cutmix"]:  # an image's change is its own
         few, _ = make(images[3:5], targets[3:5], 2, index[3:5])
         assert torch.equal(few, one[3:5])
+
+
+@pytest.mark.parametrize("kind", ["trivial", "rand"])
+def test_uncovered_parts(kind):
+    """What a rotation or a shear uncovers shows the fill."""
+    images = torch.full((60, 3, 16, 16), 200, dtype=torch.uint8)
+    changed, _ = Augment(kind, True, 0, fill=[0.1, 0.2, 0.3])(
+        images, torch.eye(60), 0, torch.arange(60)
+    )
+    corners = changed[..., ::15, ::15].permute(0, 2, 3, 1).reshape(-1, 3)
+    assert (corners == torch.tensor([26, 51, 76])).all(1).sum() > 20
 
 
 def test_erasing():
@@ -165,6 +214,8 @@ def test_erasing():
             assert (image[:, mask] == torch.tensor([[26], [51], [76]])).all()
             rows, columns = mask.any(1), mask.any(0)
             assert torch.equal(mask, rows[:, None] & columns)
+    erased, _ = Augment("none", False, 0, erase=1)(images[:9], torch.eye(9), 0, torch.arange(9))
+    assert set(erased.unique().tolist()) == {0, 200}  # black, where nothing is said
 
 
 def test_mixing_is_told_by_the_targets():
@@ -180,3 +231,29 @@ def test_mixing_is_told_by_the_targets():
             assert (targets > 0).sum(1).max() <= 2
         if kind == "cutmix":
             assert set(mixed.unique().tolist()) <= set(values.tolist())
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_how_evenly_images_are_mixed(kind):
+    """A small alpha leaves most of one image, a large one takes half of each, if there are two."""
+    images, index = random_images(2), torch.arange(2)
+
+    def smaller_share(alpha):
+        make = Augment("none", False, 0, **{kind: alpha})
+        return sum(make(images, torch.eye(2), e, index)[1].min().item() for e in range(40)) / 40
+
+    assert smaller_share(0.05) < 0.2 and smaller_share(50.0) > 0.3
+
+
+def test_a_batch_has_a_draw_of_its_own():
+    """How a batch is mixed follows from its first image, and is not what that one draws itself."""
+    make = Augment("none", False, 7, mixup=1.0)
+    make.mixers = [lambda images, targets: (images, torch.rand(1))]
+
+    def draw(*index):
+        images = random_images(len(index), height=4, width=4)
+        return make(images, None, 2, torch.tensor(index))[1].item()
+
+    assert draw(4, 5) == draw(4, 9, 2) != draw(5, 4)
+    torch.default_generator.manual_seed(derive(7, 2, 4))
+    assert torch.randint(1, ()) == 0 and torch.rand(1) != draw(4, 5)

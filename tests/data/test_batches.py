@@ -1,6 +1,7 @@
 """Any number of processes sees the same batches, and every image counts once and the same."""
 
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from lenslet.data.batches import Batch, BatchSampler, Data, Split, evenly_spaced, on_device
 from lenslet.data.decode import UnreadableImage, read_image
 from lenslet.data.load import load
+from lenslet.distributed.determinism import uniform
+from lenslet.distributed.interrupts import ignore_signals
 
 CPU = torch.device("cpu")
 
@@ -82,6 +85,11 @@ def test_training_batches(world, batch):
         met = joined(rows for part in parts for _, rows, _, share in part if share)
         assert len(met) == len(set(met)) == sum(size for _, _, size, _ in parts[0])
         assert len(met) == (count - 1 if count % total == 1 and total > 1 else count)
+        for step in zip(*parts, strict=True):  # as many processes as can take part, do
+            sharing = max(1, min(world, step[0][2] // 2))
+            assert sum(share > 0 for *_, share in step) == sharing
+            assert all(share or len(rows) == min(2, step[0][2]) for _, rows, _, share in step)
+    assert list(BatchSampler(1, 5, 0)) == [(0, [0], 1, 1.0)]  # all there is
 
 
 @pytest.mark.parametrize("world", range(1, 9))
@@ -168,6 +176,8 @@ def test_photographs(tmp_path, make_folder, mode):
     assert not part.in_memory
     assert data.image_size == (32, 32)
     assert data.channels == (3 if mode == "RGB" else 1)
+    assert data.loader("train", 4, workers=1).persistent_workers
+    assert data.loader("train", 4).num_workers == 0
     alone, shared = (batches(data.loader("train", 4, workers=n)) for n in (0, 2))
     assert len(alone) == len(shared) == 3
     for batch, other in zip(alone, shared, strict=True):
@@ -178,6 +188,13 @@ def test_photographs(tmp_path, make_folder, mode):
     expected = read_image(part.images[3], data.channels, (32, 32), 0.5)
     assert images.dtype == torch.uint8
     assert np.array_equal(images[3].permute(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize(("side", "small"), [(64, True), (65, False)])
+def test_what_is_small(tmp_path, make_folder, side, small):
+    """Images of up to 64 pixels are kept in memory."""
+    root = make_folder(tmp_path / "p", {"train": 1}, size=(20, side))
+    assert load(str(root), ["train"], val=0).splits["train"].in_memory == small
 
 
 def test_random_crops(tmp_path, make_folder):
@@ -220,6 +237,71 @@ def test_equal_photographs_are_cropped_apart(tmp_path):
     for loader.sampler.epoch in range(3):
         crops |= {x.numpy().tobytes() for batch in batches(loader) for x in batch.images}
     assert len(crops) == 24
+
+
+def test_batches_are_on_the_device():
+    """All of a batch is where the network is, and indices are where the images are."""
+    meta, data = torch.device("meta"), memory(4)  # a device that computes shapes only
+    for batch in on_device(data.loader("train", 2), meta):
+        assert {part.device for part in batch[:3]} == {meta}
+    part = data.splits["train"]
+    part.images, part.labels, part.rows = (
+        tensor.to(meta) for tensor in (part.images, part.labels, part.rows)
+    )
+    assert {part.device for part in data.batch("train", [1, 3])[:3]} == {meta}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_settings_of_a_loader(monkeypatch, gpu):
+    """Images in memory need no worker processes, and are pinned only for a GPU to copy."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    loader = memory(4).loader("train", 2, workers=2)
+    assert len(loader.dataset) == 4 and loader.worker_init_fn is ignore_signals
+    assert loader.num_workers == 0 and not loader.persistent_workers
+    assert loader.pin_memory == gpu
+
+
+@pytest.mark.parametrize(("free", "moves"), [(48, False), (49, True)])
+def test_small_images_move_to_a_gpu(monkeypatch, free, moves):
+    """All splits share one copy there, made if it takes less than half of the free memory."""
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor.clone())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1000))
+    data = memory(24)
+    images, part = data.splits["train"].images, data.splits["train"]
+    rows = torch.arange(5)
+    data.splits["val"] = Split(images, part.labels[:5], part.names[:5], rows)
+    data.splits["files"] = Split(["a.jpg"], torch.zeros(1), ["a.jpg"])
+    before = [part.labels, part.rows]
+    data.to(torch.device("cpu"))
+    assert part.images is images and part.labels is before[0] and part.rows is before[1]
+    data.to(SimpleNamespace(type="cuda"))
+    assert (part.images is not images) == moves
+    assert part.images is data.splits["val"].images and torch.equal(part.images, images)
+    assert all(
+        (now is not was) == moves for now, was in zip((part.labels, part.rows), before, strict=True)
+    )
+    assert (data.splits["val"].rows is not rows) == moves
+    assert data.splits["files"].images == ["a.jpg"]
+
+
+def test_draws_of_crops(tmp_path, make_folder, monkeypatch):
+    """A photograph is cropped by four numbers of its seed, epoch and index; or by none."""
+    root = make_folder(tmp_path / "p", {"train": 2}, size=(70, 70))
+    data = load(str(root), ["train"], val=0)
+    drawn = []
+
+    def read(path, channels, size, crop, draws):
+        drawn.append(draws)
+        return np.zeros((*size, channels), np.uint8)
+
+    monkeypatch.setattr("lenslet.data.batches.read_image", read)
+    loader = data.loader("train", 4, seed=3, augment="light")
+    loader.sampler.epoch = 5
+    (batch,) = batches(loader)
+    assert drawn == uniform(3, 5, batch.index, 4).tolist()
+    drawn.clear()
+    batches(data.loader("train", 4, seed=3))
+    assert drawn == [None] * 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])

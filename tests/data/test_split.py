@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lenslet.data.split import folds, split_by_hash, stratified, subset, validation_mask
+from lenslet.data.split import folds, ranks, split_by_hash, stratified, subset, validation_mask
 from lenslet.errors import UserError
 
 
@@ -15,6 +15,12 @@ def test_stratified():
     torch.manual_seed(9)
     assert torch.equal(stratified(labels, 0.1), marked)
     assert not stratified(labels, 0).any()
+
+
+def test_ranks():
+    """The random order of a class is this one on every machine: runs are compared by it."""
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, 0, 1, 2, 0, 1])
+    assert ranks(labels).tolist() == [1, 2, 2, 1, 1, 4, 3, 3, 0, 0, 0]
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 10])
@@ -38,6 +44,10 @@ def test_validation_mask():
         assert torch.equal(validation_mask(labels, 0.1, f"{k + 1}/3"), folds(labels, 3) == k)
     with pytest.raises(UserError, match=r"^a class has 9 images, too few for 10 folds$"):
         validation_mask(labels, 0.1, "1/10")
+    assert validation_mask(labels, 0.1, "9/9").sum() == 4  # a class of just 9 is enough
+    assert validation_mask(torch.zeros(4, dtype=torch.int64), 0.1, "1/2").sum() == 2  # so is one
+    with pytest.raises(UserError, match=r"^a class has 0 images, too few for 2 folds$"):
+        validation_mask(torch.empty(0, dtype=torch.int64), 0.1, "1/2")
 
 
 @pytest.mark.parametrize("limit", [3, 10, 41, 100])
@@ -54,6 +64,14 @@ def test_subset(limit):
         subset(labels, 2)
 
 
+def test_subset_of_small_classes():
+    """A class with one image counts, and a number that no image has does not."""
+    labels = torch.tensor([2, 0, 2, 2])
+    assert labels[subset(labels, 2)].sort().values.tolist() == [0, 2]
+    with pytest.raises(UserError, match="1 images are too few for 2 classes"):
+        subset(labels, 1)
+
+
 def test_split_by_hash():
     """A file's split follows from its name alone, and never changes between versions."""
     splits = [split_by_hash(f"ants/{i}.png") for i in range(5000)]
@@ -61,3 +79,6 @@ def test_split_by_hash():
         assert abs(splits.count(split) / 5000 - share) < 0.02
     assert [i for i in range(40) if splits[i] == "test"] == [1, 7, 13, 22]
     assert [i for i in range(40) if splits[i] == "val"] == [14, 27, 28, 33, 35]
+    # The first byte of their hashes is 25, 26, 51 and 52: next to the borders, of 256.
+    borders = [split_by_hash(name) for name in ("235.png", "1238.png", "2.png", "178.png")]
+    assert borders == ["test", "val", "val", "train"]

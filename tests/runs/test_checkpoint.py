@@ -17,6 +17,7 @@ from disk import Disk, full, record_order
 from safetensors import SafetensorError
 from torch import nn
 
+from lenslet.runs import checkpoint
 from lenslet.runs.checkpoint import (
     FORMAT,
     VERSION,
@@ -81,6 +82,7 @@ STATES = {
     "keys": {0: 1, -7: 2, 2**70: 3, "0": 4, "": 5, "Öl/日本\n": 6, "tensor": "x", "dict": [["a"]]},
     "floats": [0.1, 1 / 3, math.inf, -math.inf, math.nan, -0.0, 5e-324, 1.7e308, 1e16, 1.0],
     "numbers": [0, -1, 2**63 - 1, 10**30, True, False, None, {"lr": None, "foreach": False}],
+    "types": [torch.float32, torch.bfloat16, {"dtype": torch.int64}],
     "strings": ["", "Öl 日本", '\0\n"', "\udcff", "nan", "state/0"],
     "nested": {"empty": {}, "none": [], "deep": [[[{"a": [{}]}]]], "pair": (1, (2.5, "x"))},
     "tensors": {
@@ -170,6 +172,40 @@ def test_the_order_of_checkpoints(tmp_path):
     path = save_checkpoint(folder, 2, state(2), before=folder / "999999-step-1")
     assert path.name == "1000000-step-2" and newest_checkpoint(folder) == (path, [])
     assert len(names(folder)) == 2
+
+
+def test_the_order_on_the_disk(tmp_path, monkeypatch):
+    """Content before its names, the new name before the end of the old ones: power may fail."""
+    done = []
+
+    def spy(module, name):
+        call = getattr(module, name)
+
+        def spying(path, *args, **settings):
+            done.append(f"{name} {os.path.basename(path)}")
+            return call(path, *args, **settings)
+
+        monkeypatch.setattr(module, name, spying)
+
+    for module, name in ((checkpoint, "sync_folder"), (os, "rename"), (shutil, "rmtree")):
+        spy(module, name)
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(folder, 1, state(1))
+    new = ["rmtree .000001-step-1"]  # of a crash, if any
+    new += ["sync_folder .000001-step-1", "rename .000001-step-1", "sync_folder checkpoint"]
+    assert done == [f"sync_folder {tmp_path.name}", *new]
+    done.clear()
+    save_checkpoint(folder, 2, state(2))
+    assert done == [line.replace("1", "2") for line in new] + ["rmtree 000001-step-1"]
+
+
+def test_what_a_crash_left(two):
+    """Nothing of an unfinished checkpoint gets into the one that is saved under its name."""
+    (two / ".000003-step-3" / "old").mkdir(parents=True)
+    (two / ".000003-step-3" / "manifest.json").write_text("{}")
+    path = save_checkpoint(two, 3, state(3))
+    assert newest_checkpoint(two) == (path, []) and holds(path, 3)
+    assert names(path) == ["manifest.json", "state.json", "state.safetensors"]
 
 
 def test_weights_beside_a_checkpoint(two):

@@ -10,6 +10,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
+from lenslet.data.batches import Split
 from lenslet.errors import UserError
 from lenslet.training import losses, options
 from lenslet.training.losses import Objective, image_losses
@@ -134,6 +135,18 @@ def test_image_weights(split, tmp_path):
     assert read()[0].tolist() == [3, 1, 1, 1] and read()[1] != sha256
 
 
+def test_image_weights_of_a_named_set(tmp_path):
+    """There an image's name is its number; a number that it has elsewhere is skipped."""
+    path = tmp_path / "weights.csv"
+    split = Split(torch.zeros(4, 1, 1, 1), torch.zeros(2), ["1", "3"], torch.tensor([1, 3]))
+    path.write_text("file,weight\n3,5\n0,7\n2,7\n")
+    assert losses.image_weights(str(path), "digits", split)[0].tolist() == [1, 5]
+    for name in ("4", "01", "-1", "1.0", "a", ""):
+        path.write_text(f"file,weight\n{name},1\n")
+        with pytest.raises(UserError, match=f"line 2: '{name}' is not an image of digits"):
+            losses.image_weights(str(path), "digits", split)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -186,11 +199,16 @@ def test_distillation():
     """Nothing is lost on a teacher's own answers; else Hinton's softened divergence."""
     assert losses.distillation(LOGITS, LOGITS, 4.0).abs().max() < 1e-6
     other = LOGITS.flip(1)
-    p, q = (other / 2).softmax(1), (LOGITS / 2).softmax(1)
-    wanted = 4 * (p * (p.log() - q.log())).sum(1)
-    torch.testing.assert_close(losses.distillation(LOGITS, other, 2.0), wanted)
+    p, q = (other / 3).softmax(1), (LOGITS / 3).softmax(1)
+    wanted = 9 * (p * (p.log() - q.log())).sum(1)
+    torch.testing.assert_close(losses.distillation(LOGITS, other, 3.0), wanted)
     half = Objective(
-        "mse", 3, torch.ones(3), teacher=lambda images: other, share=0.5, temperature=2
+        "mse", 3, torch.ones(3), teacher=lambda images: other, share=0.5, temperature=3
     )
     both = 0.5 * image_losses("mse", LOGITS, HARD) + 0.5 * wanted
     torch.testing.assert_close(half(LOGITS, HARD, None), both.sum())
+    plain = Objective("mse", 3, torch.ones(3), teacher=lambda images: other, share=1.0)
+    sharp = losses.distillation(LOGITS, other, 1.0)  # where no temperature is said
+    torch.testing.assert_close(plain(LOGITS, HARD, None), sharp.sum())
+    none = Objective("mse", 3, torch.ones(3), teacher=lambda images: other)
+    torch.testing.assert_close(none(LOGITS, HARD, None), image_losses("mse", LOGITS, HARD).sum())

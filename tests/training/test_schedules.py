@@ -81,6 +81,8 @@ def test_restarts_are_those_of_torch():
     assert factors(200, "0", "restarts:2:3") == pytest.approx(rates)
     after = factors(220, "20", "restarts:2:3")[20:]  # a warm-up moves them
     assert after == pytest.approx(rates)
+    # The middle of the third step is where a cycle ends, and the next begins.
+    assert Schedule("restarts:0.25:1", "0", 10).factor(2, 0.25, 10) == 1
 
 
 def test_onecycle_is_that_of_torch():
@@ -97,6 +99,8 @@ def test_onecycle_is_that_of_torch():
                 assert ours.param_groups[0][key] == pytest.approx(wanted, abs=0.003), (step, key)
             optimizer.step()
             theirs.step()
+    assert schedule.factor(1999, 1.0, 2000) == pytest.approx(4e-6, rel=1e-6)
+    assert schedule.factor(200, 0.1, 2000) == pytest.approx(1, abs=1e-9)
     adam = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
     schedule.apply(adam, 0, [])
     assert adam.param_groups[0]["betas"] == (pytest.approx(0.95, abs=1e-5), 0.999)
@@ -116,6 +120,7 @@ def test_apply():
         ("constant", [], lambda progress: 1),
         ("linear", [], lambda progress: 1 - progress),
         ("plateau:0.1:0", [1.0, 0.5, 0.5], lambda progress: 0.01),
+        ("plateau:0.1:0", [0.1, 0.2, 0.3], lambda progress: 1),
     ):
         schedule = Schedule(text, "0", 10, lr=0.3, plan=Plan(marks))
         for step, progress in ((0, 0.005), (9, 0.095), (10, 0.525), (19, 0.975)):
@@ -123,6 +128,7 @@ def test_apply():
             assert lr == pytest.approx(0.3 * wanted(progress)), (text, step)
             assert [group["lr"] for group in optimizer.param_groups] == [lr, lr]
             assert [group["betas"] for group in optimizer.param_groups] == [(0.8, 0.99)] * 2
+    assert Schedule("constant", "0", 10, plan=Plan(marks)).apply(optimizer, 0, []) == 1
 
 
 @pytest.mark.parametrize("patience", [0, 1, 3])
@@ -157,6 +163,11 @@ def test_parse_schedule():
     assert parse_schedule("multistep:30,60.5:0.2") == ("multistep", [[30.0, 60.5], 0.2])
     assert parse_schedule("restarts:5") == ("restarts", [5.0, 2.0])
     assert parse_schedule("plateau") == ("plateau", [0.1, 3, 0.0])
+    assert parse_schedule("step:1E1") == ("step", [10.0, 0.1])
+    assert parse_schedule("step:0.01:1") == ("step", [0.01, 1.0])
+    assert parse_schedule("multistep:0.5,2") == ("multistep", [[0.5, 2.0], 0.1])
+    assert parse_schedule("restarts:5:100") == ("restarts", [5.0, 100.0])
+    assert parse_schedule("restarts:5:1") == ("restarts", [5.0, 1.0])
     for name in ("constant", "cosine", "linear", "onecycle"):
         assert parse_schedule(name) == (name, [])
     for text in ("SGDR-2-2", "sgdr:2:2", "Restarts:2:2", "restarts-2-2"):
@@ -178,7 +189,8 @@ def test_plateau_has_a_floor():
     "text",
     "cosin step step:x step:0 step:3:0.1:4 multistep:5,5 multistep:6,5:0.1 restarts:0"
     " restarts:5:0.5 plateau:2:3 plateau:0.1:x linear:3 onecycle:1"
-    " step:1e-300 restarts:1e-300:1 step:2:3".split(),
+    " step:1e-300 restarts:1e-300:1 step:2:3 step:2:1.5 step:2:0 multistep:0,5 restarts:5:100.5"
+    " plateau:0.1:-1".split(),
 )
 def test_schedules_that_are_none(text):
     """A schedule that cannot be is refused when it is parsed, and says what is wrong with it."""
