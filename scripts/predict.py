@@ -12,14 +12,12 @@ import glob
 import json
 import os
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import _root  # noqa: F401
 from lenslet.cli import add_device_options, add_weights_option, create_parser, number, parse
 from lenslet.errors import UserError, error_context, run_main
-from lenslet.files import shown
 
 BATCH = 64  # images
 
@@ -39,7 +37,7 @@ def main(argv=None) -> int:
     # each function below imports what only it needs.
     from lenslet.distributed.precision import as_trained, choose_device, choose_precision
     from lenslet.runs.folder import weights_path
-    from lenslet.weights import caution
+    from lenslet.weights import caution, describe
     from model import load_model
 
     files, weights = find(args.images), weights_path(args.weights)
@@ -78,17 +76,6 @@ def find(words: list[str]) -> list[str]:
             raise UserError(f"{word}: no images there")
         found += files
     return found
-
-
-def describe(weights: Path, header: dict) -> str:
-    """Which weights these are: "runs/digits-lenet/… (digits, lenet, trained 3 hours ago)"."""
-    path = weights.resolve()  # runs/latest as the run it is
-    age = max(0, time.time() - path.stat().st_mtime)
-    units = {"day": 86400, "hour": 3600, "minute": 60, "second": 1}
-    unit = next((unit for unit, length in units.items() if age >= length), "second")
-    count = int(age // units[unit])
-    ago = f"{count} {unit}{'' if count == 1 else 's'} ago"
-    return f"{shown(path)} ({Path(header['data']).name}, {header['model']}, trained {ago})"
 
 
 def predict(

@@ -41,7 +41,7 @@ def main(argv=None):
     from lenslet.metrics import evaluate, evaluation_batch, figures
     from lenslet.runs.folder import weights_path
     from lenslet.training import options
-    from lenslet.weights import caution
+    from lenslet.weights import caution, describe
     from model import load_model
 
     # The network, on its device.
@@ -50,6 +50,8 @@ def main(argv=None):
     trained = vars(cli.layered(options.build_parser(), header["options"]))
     accelerator = create_accelerator(args, header)
     model, prepare = model.to(accelerator.device), prepare.to(accelerator.device)
+    if not args.weights:
+        accelerator.print(f"using {describe(weights, header)}")
 
     # The images: the first process inspects the files of a folder, the others read what it found.
     workers = start.decoding_workers(trained["workers"] if args.workers is None else args.workers)

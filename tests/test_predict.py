@@ -94,7 +94,7 @@ def test_describe(run, monkeypatch, age, ago):
     monkeypatch.chdir(files.RUNS.parent)
     monkeypatch.setattr(time, "time", lambda: 1e9)
     os.utime(run / "model.safetensors", (1e9 - age, 1e9 - age))
-    said = predict.describe(
+    said = weights.describe(
         files.RUNS / "latest" / "model.safetensors", {"data": "/a/b", "model": "m"}
     )
     assert said == f"runs/pictures-lenet/model.safetensors (b, m, trained {ago} ago)"
@@ -109,6 +109,16 @@ def test_predict_says_which_weights_it_chose(run, pictures, capsys):
     assert len(list(csv.DictReader(said.out.splitlines()))) == 14
     assert run_main(predict.main, [pictures, "--weights", run]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_test_says_which_weights_it_chose(run, capsys):
+    """First of all, in predict.py's words, and only where none were named."""
+    assert run_main(measure.main, []) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("using ")
+    assert f"{run.name}/model.safetensors (pictures, lenet, trained " in first
+    assert run_main(measure.main, ["--weights", run]) == 0
+    assert "using" not in capsys.readouterr().out
 
 
 def test_a_file_that_is_named_twice_is_answered_twice(run, pictures, capsys):
