@@ -77,23 +77,76 @@ class Stub(nn.Module):
         return images.flatten(1) @ self.weight
 
 
+PREPARE = Prepare([0.5] * 3, [0.25] * 3, (2, 2))
+
+
+def random_data(classes):
+    """23 images to test."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (23, 3, 2, 2), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, classes, (23,), generator=generator)
+    names = [str(i) for i in range(classes)]
+    splits = {"test": Split(images, labels, [str(i) for i in range(23)])}
+    return Data("images", names, 3, (2, 2), 1.0, splits, "")
+
+
 @pytest.mark.parametrize("classes", [3, 8])
 @pytest.mark.parametrize("batch_size", [1, 5, 23, 64])
 def test_evaluate(batch_size, classes):
     """A row per image, in order, whatever the batches; the loss is the cross-entropy."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (23, 3, 2, 2), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(0, classes, (23,), generator=generator)
-    part = Split(images, labels, [str(i) for i in range(23)])
-    names = [str(i) for i in range(classes)]
-    data = Data("images", names, 3, (2, 2), 1.0, {"test": part}, "")
-    prepare, model = Prepare([0.5] * 3, [0.25] * 3, (2, 2)), Stub(classes)
-    rows = evaluate(model, data.loader("test", batch_size), prepare, Accelerator(cpu=True))
+    data, model = random_data(classes), Stub(classes)
+    rows = evaluate(model, data.loader("test", batch_size), PREPARE, Accelerator(cpu=True))
 
-    expected = rows_of(model(prepare(images)).detach(), labels)
+    part = data.splits["test"]
+    logits = model(PREPARE(part.images)).detach()
+    expected = rows_of(logits, part.labels)
     assert rows.dtype == torch.float64
     assert torch.equal(rows[:, :4], expected[:, :4])
     assert np.allclose(rows, expected, atol=1e-5)
+
+    loader = data.loader("test", batch_size)
+    more = evaluate(model, loader, PREPARE, Accelerator(cpu=True), probabilities=classes)
+    assert torch.equal(more[:, :6], rows) and figures(more, classes) == figures(rows, classes)
+    assert np.allclose(more[:, 6:], logits.softmax(1), atol=1e-5)
+
+
+class Small(Stub):
+    """A network on a device with room for so many images; it keeps how many it was given."""
+
+    def __init__(self, classes, room):
+        super().__init__(classes)
+        self.room, self.given = room, []
+
+    def forward(self, images):
+        self.given.append(len(images))
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(images)
+
+
+@pytest.mark.parametrize(
+    ("room", "given"),
+    [(23, [10, 10, 3]), (9, [10, 5, 5, 5, 5, 3]), (4, [10, 5, *[3, 3, 3, 1] * 2, 3])],
+)
+def test_evaluate_with_little_memory(capsys, room, given):
+    """Batches that do not fit are halved, all later ones too: the rows are the same."""
+    data, model = random_data(8), Small(8, room)
+    loaders = data.loader("test", 10), data.loader("test", 10)
+    expected = evaluate(Stub(8), loaders[0], PREPARE, Accelerator(cpu=True))
+    rows = evaluate(model, loaders[1], PREPARE, Accelerator(cpu=True))
+    assert torch.equal(rows[:, :4], expected[:, :4]) and np.allclose(rows, expected, atol=1e-6)
+    assert model.given == given
+    said = {23: "", 9: "out of memory: measured 5 images at a time\n"}
+    said[4] = "out of memory: measured 3 images at a time\n"
+    assert capsys.readouterr().err == said[room]
+
+
+def test_evaluate_without_memory():
+    """It ends where there is no room for one image."""
+    data, model = random_data(3), Small(3, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(model, data.loader("test", 10), PREPARE, Accelerator(cpu=True))
+    assert model.given == [10, 5, 3, 2, 1]
 
 
 def test_evaluate_leaves_no_gradients():
@@ -102,8 +155,7 @@ def test_evaluate_leaves_no_gradients():
     part = Split(images, torch.tensor([0, 1]), ["0", "1"])
     data = Data("images", ["a", "b"], 3, (2, 2), 1.0, {"test": part}, "")
     model = Stub(2).train()
-    prepare = Prepare([0.5] * 3, [0.25] * 3, (2, 2))
-    rows = evaluate(model, data.loader("test", 2), prepare, Accelerator(cpu=True))
+    rows = evaluate(model, data.loader("test", 2), PREPARE, Accelerator(cpu=True))
     assert not rows.requires_grad
     assert model.weight.grad is None
     assert not model.training

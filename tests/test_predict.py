@@ -121,6 +121,27 @@ def test_test_says_which_weights_it_chose(run, capsys):
     assert "using" not in capsys.readouterr().out
 
 
+def test_what_test_says_and_writes(run, capsys, monkeypatch):
+    """The most confused classes come right before the report; its CSV has the probability of each
+    class, and of more than LEGIBLE only that of the answer.
+    """
+    tables = {}
+    for legible in (2, 1):
+        monkeypatch.setattr("lenslet.analysis.report.LEGIBLE", legible)
+        assert run_main(measure.main, []) == 0
+        with open(run / "report" / "predictions.csv") as file:
+            tables[legible] = list(csv.DictReader(file))
+    answer = ["file", "label", "prediction", "probability"]
+    assert list(tables[1][0]) == answer and list(tables[2][0]) == [*answer, "ants", "bees"]
+    for row, short in zip(tables[2], tables[1], strict=True):
+        assert {key: row[key] for key in answer} == short
+        assert row[row["prediction"]] == row["probability"]
+        assert float(row["ants"]) + float(row["bees"]) == pytest.approx(1, abs=2e-6)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-3].startswith("most confused: ") and said[-2].startswith("report: ")
+    assert said[-4].startswith("test accuracy ") and "top-5" not in said[-4]
+
+
 def test_a_file_that_is_named_twice_is_answered_twice(run, pictures, capsys):
     """The answers are in the order given, over several batches, repetitions included."""
     names = [str(pictures / "test" / "ants" / f"{i}.png") for i in (2, 0, 2)] * 30
