@@ -34,7 +34,7 @@ def draw_grid(
         scale = tile / max(pixels.shape[:2])
         shape = [max(1, round(side * scale)) for side in pixels.shape[1::-1]]
         method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
-        sheet.paste(Image.fromarray(pixels).resize(shape, method), (left, upper))
+        sheet.paste(Image.fromarray(pixels).resize(shape, method), (left, upper + tile - shape[1]))
         colour = "#c00000" if wrong and wrong[i] else "black"
         for k, text in enumerate(caption.split("\n")):
             draw.text((left, upper + tile + k * line), shorten(text, font, tile), colour, font)

@@ -53,6 +53,7 @@ def test_images_of_any_shape(size):
     rows, columns = inked(drawn)
     expected = [max(1, round(112 * side / max(size))) for side in size]
     assert [len(rows), len(columns)] == expected
+    assert rows.max() == 8 + 112 - 1  # right above its caption
 
 
 @pytest.mark.parametrize("channels", [1, 3])
