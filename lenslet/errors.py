@@ -111,6 +111,11 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """How many there are of something: "1 image", "1,234 images"; many: an irregular plural."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def nearest(word: str, known) -> str:
     """' (did you mean x?)' for a misspelt word, or '' where nothing is near."""
     known = list(known)

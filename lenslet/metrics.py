@@ -1,6 +1,7 @@
 """What a network gets right: one pass over a split, and every figure derived from it."""
 
 import math
+import sys
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 from lenslet.data.batches import on_device
 from lenslet.data.prepare import Prepare
 from lenslet.distributed.interrupts import Interrupts
+from lenslet.errors import counted
 
 COLUMNS = ("index", "label", "predicted", "in_top5", "probability", "loss")
 
@@ -23,6 +25,7 @@ def evaluate(
     accelerator: Accelerator,
     interrupts: Interrupts | None = None,
     views=lambda images: [(1.0, images)],
+    probabilities: int = 0,
 ) -> Tensor | None:
     """One row per image of a split, float64 [N, 6] as COLUMNS says, in the split's order.
 
@@ -30,28 +33,38 @@ def evaluate(
     in_top5 is 0 or 1 (with fewer than 5 classes: among all of them); probability is that of the
     predicted class; loss is the cross-entropy.  Leaves the model in evaluation mode.
 
+    probabilities: of so many classes, from the first on, theirs follow: [N, 6 + probabilities].
     views: of a batch of images, what the network is shown: pairs of weight and images, over which
     the probabilities are averaged; see augment.tta_views().
+    Where a batch does not fit into the device's memory, this process goes on with half as many
+    images at a time, and says so on standard error.
     Returns None where a signal, which `interrupts` waits for, asks any process to stop.
-    Errors: UnreadableImage for a file gone or damaged.
+    Errors: UnreadableImage for a file gone or damaged; OutOfMemoryError where not one image fits.
     """
     model.eval()
-    parts = [torch.empty(0, len(COLUMNS), device=accelerator.device)]
+    count = most = len(loader.dataset)  # most: images at a time
+    parts = [torch.empty(0, len(COLUMNS) + probabilities, device=accelerator.device)]
     for batch in on_device(loader, accelerator.device):
         if interrupts and interrupts.asked:
             break
-        with accelerator.autocast():
-            logs = [
-                math.log(weight) + model(prepare(view)).float().log_softmax(1)
-                for weight, view in views(batch.images)
-            ]
-        logs = torch.stack(logs).logsumexp(0)  # of the mean probabilities, [B, classes]
-        probability, predicted = logs.max(1)
-        in_top5 = (logs.topk(min(5, logs.shape[1])).indices == batch.labels[:, None]).any(1)
-        loss = F.nll_loss(logs, batch.labels, reduction="none")
-        # float32 holds an index exactly up to 16.7 million images; nothing here waits for a GPU.
-        columns = [batch.index, batch.labels, predicted, in_top5, probability.exp(), loss]
-        parts.append(torch.stack(columns, 1))
+        done = 0
+        while done < len(batch.labels):
+            images, labels, index = (x[done : done + most] for x in batch[:3])
+            try:
+                with accelerator.autocast():
+                    logs = [
+                        math.log(weight) + model(prepare(view)).float().log_softmax(1)
+                        for weight, view in views(images)
+                    ]
+                logs = torch.stack(logs).logsumexp(0)  # of the mean probabilities, [B, classes]
+                parts.append(_rows(logs, labels, index, probabilities))
+                done += most
+            except torch.OutOfMemoryError:
+                if len(labels) == 1:
+                    raise
+                most = (len(labels) + 1) // 2
+    if most < count:
+        print(f"out of memory: measured {counted(most, 'image')} at a time", file=sys.stderr)
     if interrupts:
         interrupts.agree(wait=True)
         if interrupts.stop:
@@ -61,9 +74,18 @@ def evaluate(
     rows = accelerator.gather(rows).cpu().double()
     rows = rows[rows[:, 0] >= 0]
     rows = rows[rows[:, 0].argsort()]
-    count = len(loader.dataset)
     assert torch.equal(rows[:, 0], torch.arange(count).double()), f"{len(rows)} rows of {count}"
     return rows
+
+
+def _rows(logs: Tensor, labels: Tensor, index: Tensor, probabilities: int) -> Tensor:
+    """evaluate()'s rows, float32, for log-probabilities [B, classes].  Waits for no GPU."""
+    probability, predicted = logs.max(1)
+    in_top5 = (logs.topk(min(5, logs.shape[1])).indices == labels[:, None]).any(1)
+    loss = F.nll_loss(logs, labels, reduction="none")
+    # float32 holds an index exactly up to 16.7 million images.
+    columns = [index, labels, predicted, in_top5, probability.exp(), loss]
+    return torch.stack([*columns, *logs[:, :probabilities].exp().unbind(1)], 1)
 
 
 def evaluation_batch(batch_size: int, accumulate: int, world: int, in_memory: bool) -> int:
@@ -77,10 +99,10 @@ def evaluation_batch(batch_size: int, accumulate: int, world: int, in_memory: bo
 def figures(rows: Tensor, classes: int) -> dict:
     """Every figure of an evaluation, as fractions in 0..1; a class never predicted has 0.
 
-    rows [N, 6] from evaluate().  confusion[true][predicted] counts images; the macro figures are
-    means over the classes that there are images of, the others' figures are None.
+    rows [N, 6 or more] from evaluate().  confusion[true][predicted] counts images; the macro
+    figures are means over the classes that there are images of, the others' figures are None.
     """
-    _, label, predicted, in_top5, _, loss = rows.unbind(1)
+    _, label, predicted, in_top5, _, loss = rows[:, : len(COLUMNS)].unbind(1)
     cells = (label * classes + predicted).long()
     confusion = cells.bincount(minlength=classes**2).view(classes, classes)
     hits, actual, guessed = confusion.diagonal(), confusion.sum(1), confusion.sum(0)

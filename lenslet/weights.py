@@ -5,6 +5,7 @@ Only tensors and text are read: no code that a file brings is ever run.
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from lenslet.errors import UserError
+from lenslet.errors import UserError, counted
+from lenslet.files import shown
 from lenslet.header import check_header, parse_json
 
 FORMAT = "lenslet"
@@ -155,6 +157,16 @@ def check_shapes(tensors: dict[str, Tensor], create) -> None:
     given, fitting = ({(k, t.dtype, t.shape) for k, t in s.items()} for s in (tensors, state))
     for name, kind, shape in sorted(fitting ^ given, key=str)[:1]:
         raise ValueError(f"{name}: {kind} {list(shape)} is in one of them only")
+
+
+def describe(weights: Path, header: dict) -> str:
+    """Which weights these are: "runs/digits-lenet/… (digits, lenet, trained 3 hours ago)"."""
+    path = weights.resolve()  # runs/latest as the run it is
+    age = max(0, time.time() - path.stat().st_mtime)
+    units = {"day": 86400, "hour": 3600, "minute": 60, "second": 1}
+    unit = next((unit for unit, length in units.items() if age >= length), "second")
+    ago = f"{counted(int(age // units[unit]), unit)} ago"
+    return f"{shown(path)} ({Path(header['data']).name}, {header['model']}, trained {ago})"
 
 
 def caution(header: dict) -> str:

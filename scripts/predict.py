@@ -2,6 +2,7 @@
 
     python scripts/predict.py img.png
     python scripts/predict.py holiday/ 'scans/*.tif' --top 3 --format csv > answers.csv
+    python scripts/predict.py holiday/ --grid answers.png
 
 Nothing is needed but one weights file: the newest run's, or --weights.  An image that cannot be
 read is named on standard error and the others are answered; the exit status is then 1.
@@ -12,16 +13,15 @@ import glob
 import json
 import os
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import _root  # noqa: F401
 from lenslet.cli import add_device_options, add_weights_option, create_parser, number, parse
-from lenslet.errors import UserError, error_context, run_main
-from lenslet.files import shown
+from lenslet.errors import UserError, counted, error_context, run_main
 
 BATCH = 64  # images
+SHEET = 64  # images on the picture of --grid
 
 
 def main(argv=None) -> int:
@@ -29,9 +29,11 @@ def main(argv=None) -> int:
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="files, folders or patterns")
     add_weights_option(parser)
-    help = "show the K most likely classes"
-    add("--top", type=number(int, 1), default=1, metavar="K", help=help)
+    help = "show the K most likely classes, 0: all of them"
+    add("--top", type=number(int, 0), default=1, metavar="K", help=help)
     add("--format", choices=["text", "csv", "json"], default="text", help="of the answers")
+    help = f"also draw the first {SHEET} images with their answers on one sheet"
+    add("--grid", metavar="FILE.png", help=help)
     add_device_options(add)
     args = parse(parser, argv)
 
@@ -39,9 +41,11 @@ def main(argv=None) -> int:
     # each function below imports what only it needs.
     from lenslet.distributed.precision import as_trained, choose_device, choose_precision
     from lenslet.runs.folder import weights_path
-    from lenslet.weights import caution
+    from lenslet.weights import caution, describe
     from model import load_model
 
+    if args.grid and not Path(args.grid).parent.is_dir():
+        raise UserError(f"--grid {args.grid}: no such folder; make it first, or name another")
     files, weights = find(args.images), weights_path(args.weights)
     with error_context(f"--device {args.device}"):
         device = choose_device(args.device)
@@ -54,9 +58,12 @@ def main(argv=None) -> int:
         print(f"using {describe(weights, header)} {how}", file=sys.stderr)
     if note := caution(header):
         print(note, file=sys.stderr)
-    top = min(args.top, len(header["classes"]))
+    top = min(args.top or len(header["classes"]), len(header["classes"]))
     network = model.to(device), prepare.to(device)
-    answered = write(predict(*network, header, files, top, precision), args.format, top)
+    answers = predict(*network, header, files, top, precision)
+    if args.grid:
+        answers = draw(answers, Path(args.grid))
+    answered = write(answers, args.format, top)
     return 0 if answered == len(files) else 1
 
 
@@ -78,17 +85,6 @@ def find(words: list[str]) -> list[str]:
             raise UserError(f"{word}: no images there")
         found += files
     return found
-
-
-def describe(weights: Path, header: dict) -> str:
-    """Which weights these are: "runs/digits-lenet/… (digits, lenet, trained 3 hours ago)"."""
-    path = weights.resolve()  # runs/latest as the run it is
-    age = max(0, time.time() - path.stat().st_mtime)
-    units = {"day": 86400, "hour": 3600, "minute": 60, "second": 1}
-    unit = next((unit for unit, length in units.items() if age >= length), "second")
-    count = int(age // units[unit])
-    ago = f"{count} {unit}{'' if count == 1 else 's'} ago"
-    return f"{shown(path)} ({Path(header['data']).name}, {header['model']}, trained {ago})"
 
 
 def predict(
@@ -122,6 +118,30 @@ def predict(
         columns = best.indices[:, :top].tolist(), best.values[:, :top].exp().tolist()
         for file, *ranked in zip(names, *columns, strict=True):
             yield file, [(header["classes"][k], p) for k, p in zip(*ranked, strict=True)]
+
+
+def draw(answers: Iterable[tuple[str, list]], path: Path) -> Iterator[tuple[str, list]]:
+    """Pass predict()'s answers on, and then draw the first SHEET images with theirs on one sheet.
+
+    From which image on they are left out is said on standard error.
+    """
+    import torch
+
+    from lenslet.data.decode import read_image
+    from lenslet.files import atomic_write
+    from lenslet.grid import draw_grid, encode_png
+
+    files, captions = [], []
+    for file, ranked in answers:
+        yield file, ranked
+        files.append(file)
+        captions.append("{}\n{:.2%}".format(*ranked[0]))
+    if files:  # whole images, read again one by one: all at once may not fit into memory
+        images = (torch.from_numpy(read_image(file, 3)).permute(2, 0, 1) for file in files[:SHEET])
+        atomic_write(path, encode_png(draw_grid(images, captions[:SHEET])))
+    if len(files) > SHEET:
+        some = f"{SHEET} of {counted(len(files), 'image')}"
+        print(f"{path}: the first {some}; left out from {files[SHEET]} on", file=sys.stderr)
 
 
 def write(answers: Iterable[tuple[str, list]], form: str, top: int) -> int:

@@ -35,13 +35,13 @@ def main(argv=None):
     args = cli.parse(build_parser(), argv)
 
     # These take seconds to import, which --help and a misspelt option need not wait for.
-    from lenslet.analysis.report import figures_table, summary, write_report, write_samples
+    from lenslet.analysis.report import LEGIBLE, write_report, write_samples
     from lenslet.data.augment import tta_views
     from lenslet.distributed import start
     from lenslet.metrics import evaluate, evaluation_batch, figures
     from lenslet.runs.folder import weights_path
     from lenslet.training import options
-    from lenslet.weights import caution
+    from lenslet.weights import caution, describe
     from model import load_model
 
     # The network, on its device.
@@ -50,6 +50,8 @@ def main(argv=None):
     trained = vars(cli.layered(options.build_parser(), header["options"]))
     accelerator = create_accelerator(args, header)
     model, prepare = model.to(accelerator.device), prepare.to(accelerator.device)
+    if not args.weights:
+        accelerator.print(f"using {describe(weights, header)}")
 
     # The images: the first process inspects the files of a folder, the others read what it found.
     workers = start.decoding_workers(trained["workers"] if args.workers is None else args.workers)
@@ -69,7 +71,8 @@ def main(argv=None):
         trained["batch_size"], trained["accumulate"], world, part.in_memory
     )
     loader = data.loader(split, batch_size, workers=workers, rank=rank, world=world)
-    rows = evaluate(model, loader, prepare, accelerator)
+    each = len(data.classes) if len(data.classes) <= LEGIBLE else 0
+    rows = evaluate(model, loader, prepare, accelerator, probabilities=each)
     result = figures(rows, len(data.classes))
     if args.tta:
         views = partial(tta_views, kind=trained["augment"], decoded=not part.in_memory)
@@ -82,10 +85,7 @@ def main(argv=None):
         facts["precision"] = accelerator.mixed_precision
         write_report(output / "report", facts, data, split, rows, result)
         samples = write_samples(output / "samples", data, split)
-        print(figures_table(result, data.classes))
-        print(summary(result, split))
-        if args.tta:
-            print(summary(result["tta"], "averaged over shifted and mirrored copies (--tta):"))
+        print(tell(result, data.classes, split))
         print(f"report: {files.shown(output / 'report')}")
         named = ["--weights", weights] if args.weights else []
         print(f"next: {cli.command('predict.py', *named, samples[-1])}")
@@ -134,6 +134,16 @@ def open_split(args, weights: Path, header: dict, workers: int) -> tuple:
         why = ", by which the weights were chosen" if validated else ""
         data.notes.append(f"{name} has no test images: these are the validation images{why}")
     return data, split
+
+
+def tell(result: dict, classes: list[str], split: str) -> str:
+    """What was measured, to read."""
+    from lenslet.analysis.report import figures_table, most_confused, summary
+
+    lines = [figures_table(result, classes), summary(result, split)]
+    if "tta" in result:
+        lines.append(summary(result["tta"], "averaged over shifted and mirrored copies (--tta):"))
+    return "\n".join(filter(None, [*lines, most_confused(result, classes)]))
 
 
 def check_tta(augment: str, in_memory: bool) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lenslet import errors, files
-from lenslet.errors import OutsideError, UserError, error_context, nearest
+from lenslet.errors import OutsideError, UserError, counted, error_context, nearest
 
 PRINTING = """
 import sys
@@ -113,6 +113,16 @@ def test_nearest():
     assert nearest("epoch", iter(known)) == " (did you mean epochs?)"
     assert nearest("ephocs", known) == " (did you mean epochs?)"
     assert nearest("xyz", known) == "" == nearest("a", [])
+
+
+def test_counted():
+    """One is singular, all else plural, and thousands are separated."""
+    said = [counted(n, "image") for n in (0, 1, 2, 1234)]
+    assert said == ["0 images", "1 image", "2 images", "1,234 images"]
+    assert (counted(1, "class", "classes"), counted(2, "class", "classes")) == (
+        "1 class",
+        "2 classes",
+    )
 
 
 def test_interrupted_import(tmp_path):

@@ -74,7 +74,7 @@ def test_figures_of_few_images():
     rows = torch.tensor([[0, 0, 0, 1, 0.5, 1.0], [1, 2, 2, 1, 0.5, 0.5]]).double()
     every = figures(rows, 3)["per_class"]
     assert [row["f1"] for row in every] == [1, None, 1]
-    assert [row["recall"] for row in every] == [row["precision"] for row in every] == [1, 0, 1]
+    assert [row["recall"] for row in every] == [row["precision"] for row in every] == [1, None, 1]
 
 
 class Stub(nn.Module):
@@ -111,10 +111,55 @@ def test_evaluate(batch_size, classes):
     rows = evaluate(model, data.loader("test", batch_size), PREPARE, Accelerator(cpu=True))
 
     part = data.splits["test"]
-    expected = rows_of(model(PREPARE(part.images)).detach(), part.labels)
+    logits = model(PREPARE(part.images)).detach()
+    expected = rows_of(logits, part.labels)
     assert rows.dtype == torch.float64
     assert torch.equal(rows[:, :4], expected[:, :4])
     assert np.allclose(rows, expected, atol=1e-5)
+
+    loader = data.loader("test", batch_size)
+    more = evaluate(model, loader, PREPARE, Accelerator(cpu=True), probabilities=classes)
+    assert torch.equal(more[:, :6], rows) and figures(more, classes) == figures(rows, classes)
+    assert np.allclose(more[:, 6:], logits.softmax(1), atol=1e-5)
+
+
+class Small(Stub):
+    """A network on a device with room for so many images; it keeps how many it was given."""
+
+    def __init__(self, classes, room):
+        super().__init__(classes)
+        self.room, self.given = room, []
+
+    def forward(self, images):
+        self.given.append(len(images))
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(images)
+
+
+@pytest.mark.parametrize(
+    ("room", "given"),
+    [(23, [10, 10, 3]), (9, [10, 5, 5, 5, 5, 3]), (4, [10, 5, *[3, 3, 3, 1] * 2, 3])],
+)
+def test_evaluate_with_little_memory(capsys, room, given):
+    """Batches that do not fit are halved, all later ones too: the rows are the same."""
+    data, model = noise(23, 8), Small(8, room)
+    loaders = data.loader("test", 10), data.loader("test", 10)
+    expected = evaluate(Stub(8), loaders[0], PREPARE, Accelerator(cpu=True))
+    rows = evaluate(model, loaders[1], PREPARE, Accelerator(cpu=True))
+    assert torch.equal(rows[:, :4], expected[:, :4]) and np.allclose(rows, expected, atol=1e-6)
+    assert model.given == given
+    said = {23: "", 9: "out of memory: measured 5 images at a time\n"}
+    said[4] = "out of memory: measured 3 images at a time\n"
+    assert capsys.readouterr().err == said[room]
+
+
+def test_evaluate_without_memory():
+    """It ends where there is no room for one image."""
+    data, model = noise(23, 3), Small(3, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(model, data.loader("test", 10), PREPARE, Accelerator(cpu=True))
+    assert model.given == [10, 5, 3, 2, 1]
 
 
 def test_evaluate_leaves_no_gradients():

@@ -94,7 +94,7 @@ def test_describe(run, monkeypatch, age, ago):
     monkeypatch.chdir(files.RUNS.parent)
     monkeypatch.setattr(time, "time", lambda: 1e9)
     os.utime(run / "model.safetensors", (1e9 - age, 1e9 - age))
-    said = predict.describe(
+    said = weights.describe(
         files.RUNS / "latest" / "model.safetensors", {"data": "/a/b", "model": "m"}
     )
     assert said == f"runs/pictures-lenet/model.safetensors (b, m, trained {ago} ago)"
@@ -111,11 +111,109 @@ def test_predict_says_which_weights_it_chose(run, pictures, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_test_says_which_weights_it_chose(run, capsys):
+    """First of all, in predict.py's words, and only where none were named."""
+    assert run_main(measure.main, []) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("using ")
+    assert f"{run.name}/model.safetensors (pictures, lenet, trained " in first
+    assert run_main(measure.main, ["--weights", run]) == 0
+    assert "using" not in capsys.readouterr().out
+
+
+def test_what_test_says_and_writes(run, capsys, monkeypatch):
+    """The most confused classes come right before the report; its CSV has the probability of each
+    class, and of more than LEGIBLE only that of the answer.
+    """
+    tables = {}
+    for legible in (2, 1):
+        monkeypatch.setattr("lenslet.analysis.report.LEGIBLE", legible)
+        assert run_main(measure.main, []) == 0
+        with open(run / "report" / "predictions.csv") as file:
+            tables[legible] = list(csv.DictReader(file))
+    answer = ["file", "label", "prediction", "probability"]
+    assert list(tables[1][0]) == answer and list(tables[2][0]) == [*answer, "ants", "bees"]
+    for row, short in zip(tables[2], tables[1], strict=True):
+        assert {key: row[key] for key in answer} == short
+        assert row[row["prediction"]] == row["probability"]
+        assert float(row["ants"]) + float(row["bees"]) == pytest.approx(1, abs=2e-6)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-3].startswith("most confused: ") and said[-2].startswith("report: ")
+    assert said[-4].startswith("test accuracy ") and "top-5" not in said[-4]
+
+
 def test_a_file_that_is_named_twice_is_answered_twice(run, pictures, capsys):
     """The answers are in the order given, over several batches, repetitions included."""
     names = [str(pictures / "test" / "ants" / f"{i}.png") for i in (2, 0, 2)] * 30
     assert run_main(predict.main, [*names, "--weights", run]) == 0
     assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == names
+
+
+def test_all_classes(run, pictures, capsys):
+    """--top 0 gives the probability of every class; together they are 1."""
+    words = [pictures / "test", "--weights", run, "--format", "json", "--top"]
+    said = []
+    for top in ("0", "2"):
+        assert run_main(predict.main, [*words, top]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert said[0] == said[1]
+    for answer in said[0]:
+        assert {p["class"] for p in answer["predictions"]} == {"ants", "bees"}
+        assert sum(p["probability"] for p in answer["predictions"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_grid(run, pictures, tmp_path, capsys, monkeypatch):
+    """--grid draws the whole images that were answered, in order, with the answers that are
+    printed; of more than SHEET the first ones.
+    """
+    drawn = []
+
+    def record(images, captions):
+        drawn.append(([image.shape for image in images], captions))
+        return torch.full((3, 5, 7), 9, dtype=torch.uint8)
+
+    monkeypatch.setattr("lenslet.grid.draw_grid", record)
+    (pictures / "test" / "ants" / "1.png").write_bytes(b"")
+    sheet = tmp_path / "sheet.png"
+    words = [pictures / "test", "--weights", run, "--grid", sheet]
+    assert run_main(predict.main, words) == 1
+    said = capsys.readouterr()
+    answers = [line.split(": ")[1].rsplit(" ", 1) for line in said.out.splitlines()]
+    assert drawn == [([(3, 12, 10)] * 5, ["\n".join(answer) for answer in answers])]
+    assert read_image(sheet, 3).shape == (5, 7, 3) and "sheet" not in said.err
+    monkeypatch.setattr(predict, "SHEET", 2)
+    assert run_main(predict.main, words) == 1
+    assert capsys.readouterr().out == said.out
+    assert drawn[1] == tuple(part[:2] for part in drawn[0])
+
+
+def test_grid_leaves_out_what_has_no_room(run, pictures, tmp_path, capsys, monkeypatch):
+    """From which image on they are left out is said, the answers are all printed."""
+    sheet, test = tmp_path / "sheet.png", pictures / "test"
+    for most, said in (
+        (6, ""),
+        (4, f"{sheet}: the first 4 of 6 images; left out from {test}/bees/1.png on\n"),
+    ):
+        monkeypatch.setattr(predict, "SHEET", most)
+        assert run_main(predict.main, [test, "--weights", run, "--grid", sheet]) == 0
+        result = capsys.readouterr()
+        assert (len(result.out.splitlines()), result.err) == (6, said)
+        assert read_image(sheet, 3).shape[1] == most * 120 + 8
+    assert sorted(os.listdir(tmp_path)) == ["pictures", "runs", "sheet.png"]
+
+
+def test_grid_that_cannot_be_written(run, pictures, tmp_path, capsys, monkeypatch):
+    """A folder that does not exist is refused before the work; a sheet of nothing is not made."""
+    sheet = tmp_path / "sheet.png"
+    (pictures / "test" / "ants" / "1.png").write_bytes(b"")
+    broken = [pictures / "test" / "ants" / "1.png", "--weights", run]
+    assert run_main(predict.main, [*broken, "--grid", sheet]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not sheet.exists()
+    assert run_main(predict.main, [pictures / "train", "--weights", run, "--grid", tmp_path]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
+    monkeypatch.setattr(predict, "predict", None)
+    said = refused(capsys, predict.main, pictures, "--grid", tmp_path / "gone" / "sheet.png")
+    assert said.startswith(f"error: --grid {tmp_path}/gone/sheet.png: no such folder; ")
 
 
 @pytest.mark.parametrize("word", ["{}", "{}/*/*.png"])

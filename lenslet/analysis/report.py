@@ -12,10 +12,13 @@ from torch import Tensor
 
 from lenslet.data.batches import Data, evenly_spaced
 from lenslet.data.decode import read_image
+from lenslet.errors import counted
 from lenslet.files import atomic_write
-from lenslet.grid import draw_grid, encode_png
+from lenslet.grid import draw_grid, encode_png, shorten
+from lenslet.metrics import COLUMNS
 
-LEGIBLE = 20  # classes: more have no room for names and counts in a picture of the confusion matrix
+LEGIBLE = 20  # classes: more have no names and counts in a picture, and no columns in a table
+SHOWN = 32  # images on predictions.png
 
 
 def write_report(
@@ -23,8 +26,8 @@ def write_report(
 ) -> None:
     """Write metrics.json, predictions.csv, predictions.png and TensorBoard's events into a folder.
 
-    facts: the weights' file and epoch, and the precision.  rows [N, 6] from evaluate(); result:
-    figures(rows).
+    facts: the weights' file and epoch, and the precision.  rows [N, 6 or more] from evaluate();
+    result: figures(rows).
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -34,13 +37,7 @@ def write_report(
     names = data.splits[split].names
     atomic_write(folder / "predictions.csv", predictions_csv(rows, names, classes))
 
-    # Images from the whole split, the captions of mistakes in red.
-    shown = evenly_spaced(len(rows), 32)
-    predicted = rows[shown, 2].long()
-    batch = data.batch(split, shown)
-    pairs = zip(batch.labels.tolist(), predicted.tolist(), strict=True)
-    captions = [f"{classes[label]}\n-> {classes[guess]}" for label, guess in pairs]
-    grid = draw_grid(batch.images, captions, (batch.labels != predicted).tolist())
+    grid = draw_predictions(data, split, rows)
     atomic_write(folder / "predictions.png", encode_png(grid))
 
     epoch, confusion = facts["epoch"], draw_confusion(torch.tensor(result["confusion"]), classes)
@@ -67,14 +64,41 @@ def write_samples(folder: Path, data: Data, split: str) -> list[Path]:
     return written
 
 
+def draw_predictions(data: Data, split: str, rows: Tensor) -> Tensor:
+    """Images of a split with their true and predicted classes on one sheet, uint8 [3, H, W].
+
+    Mistakes come first, in red, the most confident one at the front; then right answers from the
+    whole split, as far as there is room.
+    """
+    classes, mistaken = data.classes, rows[:, 1] != rows[:, 2]
+    mistakes, right = (kind.nonzero()[:, 0] for kind in (mistaken, ~mistaken))
+    mistakes = mistakes[rows[mistakes, 4].argsort(descending=True, stable=True)]
+    room = max(0, SHOWN - len(mistakes))
+    shown = [*mistakes[:SHOWN].tolist(), *right[evenly_spaced(len(right), room)].tolist()]
+    captions = [
+        f"{classes[int(label)]}\n-> {classes[int(guess)]}\n{probability:.2%}"
+        for _, label, guess, _, probability, *_ in rows[shown].tolist()
+    ]
+    heading = f"{split} images: no mistakes in {len(rows):,}"
+    if count := len(mistakes):
+        are = "is a mistake" if count == 1 else "are mistakes, the most confident first"
+        heading = f"{split} images: {count:,} of {len(rows):,} {are}"
+    images = data.batch(split, shown).images
+    return draw_grid(images, captions, mistaken[shown].tolist(), heading)
+
+
 def predictions_csv(rows: Tensor, names: list[str], classes: list[str]) -> str:
-    """A line per image: its file or index, its label, the prediction and its probability."""
+    """A line per image: its file or index, its label, the prediction and its probability.
+
+    rows [N, 6 + classes] have a column for the probability of each class too, rows [N, 6] none.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "label", "prediction", "probability"])
-    for i, label, predicted, _, probability, _ in rows.tolist():
-        answer = classes[int(label)], classes[int(predicted)], f"{probability:.6f}"
-        writer.writerow([names[int(i)], *answer])
+    each = classes[: rows.shape[1] - len(COLUMNS)]
+    writer.writerow(["file", "label", "prediction", "probability", *each])
+    for i, label, predicted, _, probability, _, *others in rows.tolist():
+        shares = (f"{p:.6f}" for p in (probability, *others))
+        writer.writerow([names[int(i)], classes[int(label)], classes[int(predicted)], *shares])
     return text.getvalue()
 
 
@@ -91,16 +115,30 @@ def figures_table(result: dict, classes: list[str]) -> str:
             line += f"  {share:>{room}}"
         lines.append(line)
     met = sum(row["images"] > 0 for row in result["per_class"])
-    some = f" of the {met} classes with images" if met < len(classes) else ""
+    some = f" of the {counted(met, 'class', 'classes')} with images" if met < len(classes) else ""
     return "\n".join(lines) + f"   (macro means{some})"
 
 
 def summary(result: dict, name: str) -> str:
     """A line with the figures of all images together; name: what they are of."""
+    top5 = f"top-5 {result['top5']:.2%}, " if len(result["per_class"]) > 5 else ""
     return (
-        f"{name} accuracy {result['top1']:.2%}, top-5 {result['top5']:.2%}, "
-        f"loss {result['loss']:.4f}, {result['images']:,} images"
+        f"{name} accuracy {result['top1']:.2%}, {top5}"
+        f"loss {result['loss']:.4f}, {counted(result['images'], 'image')}"
     )
+
+
+def most_confused(result: dict, classes: list[str]) -> str:
+    """A line with the two most frequent mistakes; '' where there are none."""
+    mistakes = torch.tensor(result["confusion"]).fill_diagonal_(0)
+    ranked = mistakes.flatten().sort(descending=True, stable=True)
+    pairs = []
+    for count, cell in zip(ranked.values[:2].tolist(), ranked.indices[:2].tolist(), strict=True):
+        if count:
+            times = f"{count:,}" if pairs else counted(count, "time")
+            true, taken = (classes[k] for k in divmod(cell, len(classes)))
+            pairs.append(f"{true} taken for {taken} ({times})")
+    return f"most confused: {', '.join(pairs)}" if pairs else ""
 
 
 def draw_confusion(counts: Tensor, classes: list[str]) -> Tensor:
@@ -116,7 +154,7 @@ def draw_confusion(counts: Tensor, classes: list[str]) -> Tensor:
     cells = Image.fromarray((255 + share * (full - 255)).round().astype(np.uint8))
     side = 48 if count <= LEGIBLE else max(1, 800 // count)
     font, line = ImageFont.load_default(12), 18
-    names = [_shortened(name, font, 140) for name in classes] if count <= LEGIBLE else []
+    names = [shorten(name, font, 140) for name in classes] if count <= LEGIBLE else []
     margin = 2 * line + max((round(font.getlength(name)) for name in names), default=0)
     sheet = Image.new("RGB", (margin + count * side + line,) * 2, "white")
     sheet.paste(cells.resize((count * side,) * 2, Image.Resampling.NEAREST), (margin, margin))
@@ -139,10 +177,3 @@ def draw_confusion(counts: Tensor, classes: list[str]) -> Tensor:
         at = margin + (j + 0.5) * side, margin + (i + 0.5) * side
         draw.text(at, f"{counts[i, j]}", colour, font, anchor="mm")
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
-
-
-def _shortened(name: str, font, width: int) -> str:
-    """A name cut to so many pixels."""
-    while font.getlength(name) > width:
-        name = name[:-2] + "…"
-    return name

@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn
 
 from lenslet import files
 from lenslet.data.split import split_by_hash
-from lenslet.errors import UserError, nearest
+from lenslet.errors import UserError, counted, nearest
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = frozenset(
@@ -52,7 +52,7 @@ def list_folder(root: Path) -> Listing:
     notes = []
     if ignored:
         kinds = ", ".join(sorted(ignored))
-        notes.append(f"{ignored.total()} files ignored, not images by their names ({kinds})")
+        notes.append(f"{counted(ignored.total(), 'file')} ignored: no image suffix ({kinds})")
     if not divided:
         return Listing(_divide(root, splits["train"]), divided, notes)
     if unused := [name for name in inside if name not in SPLITS]:

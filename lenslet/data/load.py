@@ -19,7 +19,7 @@ from lenslet.data.decode import Inspected, longer_side, read_image
 from lenslet.data.layout import Listing, find_folder, list_folder
 from lenslet.data.split import subset, validation_mask
 from lenslet.data.verify import Inspection, inspect_images
-from lenslet.errors import OutsideError, UserError
+from lenslet.errors import OutsideError, UserError, counted
 
 # The recipe that supplies the defaults for a named set; a folder's follows from its images.
 RECIPES = {name: name for name in sets.SETS} | {"cifar100": "cifar10", "fashion-mnist": "mnist"}
@@ -148,11 +148,12 @@ def _broken_notes(inspection: Inspection, skip_broken: bool) -> list[str]:
     broken = inspection.broken
     if broken and not skip_broken:
         raise UserError(
-            f"{len(broken)} of {len(inspection.images) + len(broken)} images cannot be read; "
+            f"{len(broken)} of {counted(len(inspection.images) + len(broken), 'image')} "
+            "cannot be read; "
             "fix or delete them, or leave them out with the option skip-broken:\n"
             + "\n".join(broken)
         )
-    return [f"left out {len(broken)} images that cannot be read"] if broken else []
+    return [f"left out {counted(len(broken), 'image')} that cannot be read"] if broken else []
 
 
 def _readable(rows: Rows, wanted: list[str], inspection: Inspection, classes: list[str]) -> Rows:

@@ -10,8 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lenslet.analysis.report import (
     LEGIBLE,
+    SHOWN,
     draw_confusion,
+    draw_predictions,
     figures_table,
+    most_confused,
     predictions_csv,
     summary,
     write_report,
@@ -101,6 +104,81 @@ def test_predictions_csv():
     assert len(rows) == 4
 
 
+def test_predictions_csv_of_every_class():
+    """Where the rows have the probability of each class, it has a column by the class's name."""
+    more = torch.cat([ROWS, torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.0, 1.0]])], 1)
+    rows = list(csv.DictReader(io.StringIO(predictions_csv(more, list("xyz"), ["ants", "bees"]))))
+    assert list(rows[0])[3:] == ["probability", "ants", "bees"]
+    assert (rows[1]["probability"], rows[1]["ants"]) == ("0.600000", "0.600000")
+    assert [row["bees"] for row in rows] == ["0.100000", "0.400000", "1.000000"]
+
+
+@pytest.fixture
+def sheet(monkeypatch):
+    """What draw_predictions() has drawn of 360 images of which some are mistakes: the places of the
+    images in the split, their captions, which are red, and the heading.
+    """
+    drawn = []
+    monkeypatch.setattr("lenslet.analysis.report.draw_grid", lambda *given: drawn.extend(given))
+
+    def draw(mistakes):
+        images = torch.arange(360)[:, None, None, None].expand(-1, 1, 2, 2)
+        part = Split(images, torch.zeros(360, dtype=torch.int64), [""] * 360)
+        data = Data("images", ["ants", "bees"], 1, (2, 2), 1.0, {"test": part}, "")
+        rows = torch.zeros(360, 6)
+        rows[:, 4] = 0.95
+        for place, probability in mistakes.items():
+            rows[place, 2], rows[place, 4] = 1, probability
+        draw_predictions(data, "test", rows)
+        images, captions, wrong, heading = drawn
+        return images[:, 0, 0, 0].tolist(), captions, wrong, heading
+
+    return draw
+
+
+def test_mistakes_come_first(sheet):
+    """The most confident mistakes are at the front, and right answers from the whole split follow;
+    captions have the true class, the predicted one and its probability.
+    """
+    places, captions, wrong, heading = sheet({7: 0.6, 90: 0.875, 200: 0.7})
+    assert places[:3] == [90, 200, 7] and wrong == [True] * 3 + [False] * (SHOWN - 3)
+    assert places[3] == 0 and places[-1] == 359 and sorted(places[3:]) == places[3:]
+    assert captions[0] == "ants\n-> bees\n87.50%" and captions[3] == "ants\n-> ants\n95.00%"
+    assert heading == "test images: 3 of 360 are mistakes, the most confident first"
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (0, "no mistakes in 360"),
+        (1, "1 of 360 is a mistake"),
+        (SHOWN, f"{SHOWN} of 360 are mistakes, the most confident first"),
+        (50, "50 of 360 are mistakes, the most confident first"),
+    ],
+)
+def test_any_number_of_mistakes(sheet, count, said):
+    """There are SHOWN images on the sheet, and mistakes for as many as there are."""
+    places, _, wrong, heading = sheet({i: 0.5 + i / 1000 for i in range(count)})
+    assert len(set(places)) == SHOWN and sum(wrong) == min(count, SHOWN)
+    assert heading == f"test images: {said}"
+    assert not count or places[0] == count - 1
+
+
+def test_most_confused():
+    """The two most frequent mistakes, or as many as there are."""
+    classes = ["ants", "bees", "wasps"]
+
+    def said(*rows):
+        return most_confused({"confusion": list(rows)}, classes)
+
+    assert said([90, 0, 0], [0, 8, 0], [0, 0, 7]) == ""
+    assert said([9, 0, 0], [0, 8, 1], [0, 0, 7]) == "most confused: bees taken for wasps (1 time)"
+    found = said([9, 1, 0], [7, 8, 2], [4, 0, 7])
+    assert found == "most confused: bees taken for ants (7 times), wasps taken for ants (4)"
+    large = most_confused({"confusion": [[0, 2000], [1000, 0]]}, classes[:2])
+    assert large.endswith("ants taken for bees (2,000 times), bees taken for ants (1,000)")
+
+
 def test_table_and_summary():
     """The console has each class, the means and a line of what is true of all images."""
     result = figures(ROWS.double(), 2)
@@ -108,7 +186,19 @@ def test_table_and_summary():
     assert len({line.index("%") for line in said[1:]}) == 1  # aligned
     assert said[1].split() == ["ants", "1", "100.00%", "50.00%", "100.00%", "66.67%"]
     assert "66.67%" in said[3] and said[3].startswith("all")
-    assert summary(result, "val") == "val accuracy 66.67%, top-5 100.00%, loss 0.5333, 3 images"
+    assert summary(result, "val") == "val accuracy 66.67%, loss 0.5333, 3 images"
+    one = figures(ROWS[:1].double(), 6)
+    assert summary(one, "val") == "val accuracy 100.00%, top-5 100.00%, loss 0.1000, 1 image"
+    assert figures_table(one, list("abcdef")).endswith("(macro means of the 1 class with images)")
+
+
+@pytest.mark.parametrize("classes", [5, 6])
+def test_top5_of_few_classes(classes):
+    """With five classes or fewer the top-5 accuracy is always 1: the line is without, the figures
+    are not.
+    """
+    result = figures(ROWS.double(), classes)
+    assert result["top5"] == 1.0 and ("top-5" in summary(result, "test")) == (classes > 5)
 
 
 def test_classes_without_images():

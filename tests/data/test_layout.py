@@ -93,8 +93,9 @@ def test_other_files(tmp_path, make_folder):
     for name in ("notes.txt", "Thumbs.db", ".DS_Store"):
         (root / "train" / "ants" / name).touch()
     (note,) = list_folder(root).notes
-    assert note.startswith("2 files")
-    assert ".db, .txt" in note
+    assert note == "2 files ignored: no image suffix (.db, .txt)"
+    (root / "train" / "ants" / "Thumbs.db").unlink()
+    assert list_folder(root).notes == ["1 file ignored: no image suffix (.txt)"]
 
 
 def test_splits_by_other_names(tmp_path, make_folder):

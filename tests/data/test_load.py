@@ -154,6 +154,14 @@ def test_broken_images(tmp_path, make_folder):
     assert any("left out 3 images" in note for note in data.notes)
 
 
+def test_one_broken_image(tmp_path, make_folder):
+    """The messages of broken images say "1 image" where there is one."""
+    root = make_folder(tmp_path / "p", {"train": 2})
+    (root / "train" / "ants" / "0.png").write_bytes(b"")
+    data = load(str(root), ["train", "val"], skip_broken=True)
+    assert data.notes == ["left out 1 image that cannot be read"]
+
+
 @pytest.mark.parametrize("size", [(12, 10), (70, 66)])
 def test_images_that_are_no_files(tmp_path, make_folder, size):
     """A link to nothing, a circle, a pipe and a device count as broken images, each with why."""
