@@ -81,7 +81,7 @@ def read_image(
     with _open(path) as image:
         full, box = image.size, None
         if image.format == "PNG":  # to ask it for its EXIF block may decode it
-            _check_memory(image, full, most)
+            _check_memory(image, full, most, whole=size is None)
         if size is not None:
             box = _choose_box(_upright_size(image), size, crop, draws)
             box = _shrink_while_decoding(image, size, box)
@@ -256,9 +256,11 @@ def _flatten(image: Image.Image) -> Image.Image:
     """An image of any mode as mode L or RGB, of the mode that loses nothing."""
     if image.mode.startswith(("I", "F")):
         deep = np.asarray(image)
-        if image.mode != "F":  # 16-bit samples, whatever the width that holds them
-            deep = deep.clip(0, 65535) / 257
-        return Image.fromarray(deep.clip(0, 255).round().astype(np.uint8))
+        if image.mode == "F":
+            deep = np.nan_to_num(deep).clip(0, 255).round()
+        else:  # 16-bit samples, whatever the width that holds them: divided by 257, and rounded
+            deep = (deep.clip(0, 65535).astype(np.int32) + 128) // 257
+        return Image.fromarray(deep.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
