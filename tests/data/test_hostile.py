@@ -294,16 +294,6 @@ def test_upright(tmp_path, kind):
 
 
 NAMES = ["two\nlines", "re\rturn", "\x1b[2Jgone", "tab\t", "bad\udcff", "-x", "a" * 240, "\x85"]
-    "two\nlines",
-    "re\rturn",
-    "\x1b[2Jgone",
-    "tab\t",
-    "bad\udcff",
-    "-x",
-    "a" * 240,
-    "\x85",
-    "*",
-]
 
 
 @pytest.mark.parametrize("name", NAMES)
