@@ -35,11 +35,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.origin}{message}")
 
     def parse_args(self, argv=None, namespace=None):
-        values, unknown = self.parse_known_args(argv, namespace)
-        if unknown:
-            word = unknown[0].split("=")[0]
-            hint = nearest(word, self._option_string_actions)
-            self.error(f"unknown option {word}{hint}")
+        try:
+            values, unknown = self.parse_known_args(argv, namespace)
+            if unknown:
+                word = unknown[0].split("=")[0]
+                hint = nearest(word, self._option_string_actions)
+                self.error(f"unknown option {word}{hint}")
+        except UserError as error:
+            takes_files = any(not action.option_strings for action in self._actions)
+            for word in argv if takes_files else ():
+                if word.startswith("-") and os.path.lexists(word):
+                    hint = f"{self.prog} -- {shlex.quote(word)}"
+                    raise UserError(f"{error}; for the file of that name: {hint}") from None
+            raise
         return values
 
 

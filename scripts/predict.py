@@ -11,6 +11,7 @@ read is named on standard error and the others are answered; the exit status is 
 import csv
 import glob
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,8 @@ def main(argv=None) -> int:
     add("--format", choices=["text", "csv", "json"], default="text", help="of the answers")
     help = f"also draw the first {SHEET} images with their answers on one sheet"
     add("--grid", metavar="FILE.png", help=help)
+    help = "read files of up to N pixels (default: all that take at most 1 GiB when decoded)"
+    add("--max-pixels", type=number(int, 1), metavar="N", help=help)
     add_device_options(add)
     args = parse(parser, argv)
 
@@ -60,7 +63,7 @@ def main(argv=None) -> int:
         print(note, file=sys.stderr)
     top = min(args.top or len(header["classes"]), len(header["classes"]))
     network = model.to(device), prepare.to(device)
-    answers = predict(*network, header, files, top, precision)
+    answers = predict(*network, header, files, top, precision, args.max_pixels)
     if args.grid:
         answers = draw(answers, Path(args.grid))
     answered = write(answers, args.format, top)
@@ -88,18 +91,18 @@ def find(words: list[str]) -> list[str]:
 
 
 def predict(
-    model, prepare, header: dict, files: list[str], top: int, precision: str
+    model, prepare, header: dict, files: list[str], top: int, precision: str, most: int | None
 ) -> Iterator[tuple[str, list]]:
     """(file, its `top` likeliest classes as (name, probability)), in order, a batch at a time.
 
-    What cannot be read is named on standard error and left out.
+    What cannot be read, most: see read_image(), is named on standard error and left out.
     """
     import torch
 
     from lenslet.data.decode import UnreadableImage, read_image
     from lenslet.distributed.precision import autocast
 
-    reading = header["channels"], tuple(header["image_size"]), header["crop"]
+    reading = header["channels"], tuple(header["image_size"]), header["crop"], None, most
     for start in range(0, len(files), BATCH):
         names, images = [], []  # images: uint8 [C, H, W] each
         for file in files[start : start + BATCH]:
@@ -155,12 +158,18 @@ def write(answers: Iterable[tuple[str, list]], form: str, top: int) -> int:
         if form == "csv":
             rows.writerow([file, *(x for name, p in ranked for x in (name, f"{p:.6f}"))])
         elif form == "json":
-            predictions = [{"class": name, "probability": p} for name, p in ranked]
+            # Numbers that are none, of a network that overflowed, JSON does not know.
+            predictions = [
+                {"class": name, "probability": p if math.isfinite(p) else None}
+                for name, p in ranked
+            ]
             whole.append({"file": file, "predictions": predictions})
         else:
             print(f"{file}: " + ", ".join(f"{name} {p:.2%}" for name, p in ranked))
     if form == "json":
-        print(json.dumps(whole, indent=1, ensure_ascii=False))
+        text = json.dumps(whole, indent=1, ensure_ascii=False)
+        # Bytes of a name that are not UTF-8 as escapes, so that all of the output is.
+        print(text.encode(errors="backslashreplace").decode())
     return count
 
 

@@ -88,7 +88,8 @@ def main(argv=None):
         print(tell(result, data.classes, split))
         print(f"report: {files.shown(output / 'report')}")
         named = ["--weights", weights] if args.weights else []
-        print(f"next: {cli.command('predict.py', *named, samples[-1])}")
+        if samples:
+            print(f"next: {cli.command('predict.py', *named, samples[-1])}")
     accelerator.wait_for_everyone()  # without it gloo now and then aborts while shutting down
     accelerator.end_training()
 

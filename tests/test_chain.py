@@ -239,7 +239,8 @@ def test_the_best_epoch_is_summed_up_and_kept(letters):
         assert summary[key] == best[key]
     tensors, header = weights.read(letters.run / "model.safetensors")
     assert weights.digest(tensors) == header["sha256"] == best["weights_sha256"]
-    kept, _ = weights.read(letters.run / "epochs" / f"epoch-{best['epoch']:03d}.safetensors")
+    name = f"epoch-{best['epoch']:03d}-{best['val_accuracy']:.4f}.safetensors"
+    kept, _ = weights.read(letters.run / "epochs" / name)
     assert weights.digest(kept) == header["sha256"]
     assert header["epoch"] == header["validation"]["epoch"] == best["epoch"]
     files = sorted((letters.images / "val").rglob("*.png"))

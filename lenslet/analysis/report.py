@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lenslet.data.batches import Data, evenly_spaced
-from lenslet.data.decode import read_image
+from lenslet.data.decode import UnreadableImage, read_image
 from lenslet.errors import counted
 from lenslet.files import atomic_write
 from lenslet.grid import draw_grid, encode_png, shorten
@@ -57,7 +57,10 @@ def write_samples(folder: Path, data: Data, split: str) -> list[Path]:
         if part.in_memory:
             image = part.pixels(torch.tensor([i]))[0]
         else:
-            image = torch.from_numpy(read_image(part.images[i], data.channels)).permute(2, 0, 1)
+            try:
+                image = torch.from_numpy(read_image(part.images[i], data.channels)).permute(2, 0, 1)
+            except UnreadableImage:  # it was read, smaller: whole it takes too much memory
+                continue
         name = data.classes[part.labels[i]].replace("/", "-")
         written.append(folder / f"{k}-{name}.png")
         atomic_write(written[-1], encode_png(image))

@@ -7,8 +7,8 @@ Training, testing and predicting decode an image with the same code: `read_image
 import contextlib
 import functools
 import hashlib
-import io
 import math
+import operator
 import os
 import stat
 import warnings
@@ -19,11 +19,21 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lenslet.errors import OutsideError
+from lenslet.errors import CONTROLS, OutsideError
 
 # Named, so that a file's content can never start an interpreter (Pillow's EPS reader does).
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 EXIF_ORIENTATION = 0x0112
+
+GIB = 2**30  # bytes that decoding an image may take
+# Bytes of a pixel by mode, 4 in all others; and those that a decoder needs beside the image.
+STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+DECODING = {"GIF": 1, "WEBP": 16, "AVIF": 16, "JPEG2000": 21}
+DECODING |= {"bmp_rle": 2, "ppm": 8, "ppm_plain": 8}  # where Pillow's decoder is in Python
+STRIP = 2**20  # pixels that are converted at a time
+# Pillow refuses twice as many: more than any image of a GiB has, so that _check_memory() decides.
+Image.MAX_IMAGE_PIXELS = GIB // 2
+ONE_LINE = CONTROLS | {ord(c): f"\\x{ord(c):02x}" for c in "\t\n\r"}
 
 
 class UnreadableImage(OutsideError):
@@ -54,6 +64,7 @@ def read_image(
     size: tuple[int, int] | None = None,
     crop: float = 1.0,
     draws: list[float] | None = None,
+    most: int | None = None,
 ) -> np.ndarray:
     """One image file as uint8 [H, W, C], C = channels (1 grey, 3 RGB), values 0..255.
 
@@ -63,17 +74,20 @@ def read_image(
     draws, four numbers in 0..1, choose a random box instead (Inception-style crop, Szegedy et al.
     2014, arXiv:1409.4842): 25 to 100 % of the area, sides 3:4 to 4:3; a box that would not fit is
     cut to fit instead of being drawn again.
+    most: pixels of a file to be read, however much memory they take; None: those that take 1 GiB.
 
     Errors: UnreadableImage.
     """
     with _open(path) as image:
-        box = None
+        full, box = image.size, None
+        if image.format == "PNG":  # to ask it for its EXIF block may decode it
+            _check_memory(image, full, most, whole=size is None)
         if size is not None:
             box = _choose_box(_upright_size(image), size, crop, draws)
             box = _shrink_while_decoding(image, size, box)
-        image = _to_grey_or_rgb(image)
-        if channels == 1 or image.mode != "RGB":
-            image = image.convert("L" if channels == 1 else "RGB")
+        _check_memory(image, full, most, _is_turned(image), whole=size is None)
+        ImageOps.exif_transpose(image, in_place=True)
+        image = _convert(image, "L" if channels == 1 else "RGB")
         if box and (image.size != size[::-1] or box != (0, 0, *image.size)):
             image = image.resize(size[::-1], Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
         pixels = np.array(image)
@@ -86,19 +100,23 @@ def inspect_image(path: str | Path, small: int) -> Inspected:
     A larger JPEG file is decoded at an eighth of its size, which still meets every byte of it.
     Errors: UnreadableImage.
     """
-    with _readable(path):
-        with open(path, "rb") as file:
-            content = file.read()
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            side = max(image.size)
-            if side > small:
+    with _readable(path), open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with Image.open(file, formats=FORMATS) as image:
+            full = image.size
+            if image.format == "PNG":
+                _check_memory(image, full)
+            if max(full) > small:
                 image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
-            pixels = np.asarray(_to_grey_or_rgb(image))
-    grey = pixels.ndim == 2 or bool((pixels == pixels[..., :1]).all())
+            _check_memory(image, full, None, _is_turned(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            if max(full) > small:
+                return Inspected(max(full), all(map(_is_grey, _strips(image))), digest, None)
+            image = _flatten(image)
+            grey, pixels = _is_grey(image), np.asarray(image)
     if grey:
         pixels = pixels.reshape(*pixels.shape[:2], -1)[..., :1]
-    digest = hashlib.sha256(content).hexdigest()
-    return Inspected(side, grey, digest, pixels if side <= small else None)
+    return Inspected(max(full), grey, digest, pixels)
 
 
 @contextlib.contextmanager
@@ -113,17 +131,19 @@ def _readable(path: str | Path) -> Iterator[None]:
     """Errors: UnreadableImage where there is no such file, and for all that goes wrong inside."""
     _ignore_pillow_warnings()
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for a writer
+        state = os.stat(path)
+        if not stat.S_ISREG(state.st_mode):  # to open a pipe would wait for a writer
             raise OSError("not a regular file")
         yield
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         if isinstance(error, UnidentifiedImageError):
-            reason = "not a known kind of image" if Path(path).stat().st_size else "an empty file"
+            reason = "not a known kind of image" if state.st_size else "an empty file"
         else:
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", None) or str(error)[:200] or type(error).__name__
         if os.path.islink(path):
             reason = f"a link to {os.readlink(path)}: {reason}"
-        raise UnreadableImage(f"{path}: cannot be read as an image ({reason})") from error
+        text = f"{path}: cannot be read as an image ({reason})"
+        raise UnreadableImage(text.translate(ONE_LINE)) from error
 
 
 @functools.cache  # once: each change of the filters makes Python repeat warnings already shown
@@ -136,6 +156,39 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height after the EXIF rotation, without decoding the image."""
     turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
     return image.size[::-1] if turned else image.size
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether EXIF says that an image is to be turned or mirrored, which takes a copy of it."""
+    return image.getexif().get(EXIF_ORIENTATION, 1) != 1
+
+
+def _check_memory(image, full, most=None, turned=False, whole=False) -> None:
+    """Refuse an image that takes more than 1 GiB to read, or has more than `most` pixels.
+
+    It is not decoded yet.  full: width and height before any reduced decoding.  turned: see
+    _is_turned().  whole: the result is not a resized part of it.
+    """
+    shape, pixels = f"{full[0]}×{full[1]} pixels", image.width * image.height
+    if most is not None:
+        if full[0] * full[1] > most:
+            raise ValueError(f"{shape}, more than {most}")
+        return
+    stored = STORED.get(image.mode, 4)
+    decoding = max(DECODING.get(key, 0) for key in (image.format, *(t[0] for t in image.tile)))
+    converted = (1 if image.mode == "RGB" else 4) + whole * 6  # as Pillow hands it to NumPy: twice
+    need = pixels * (stored + max(decoding, turned * stored, converted))
+    if image.info.get("progressive"):  # the coefficients of the whole image, 2 bytes each
+        _, across, down, _ = zip(*image.layer, strict=True)
+        share = sum(map(operator.mul, across, down)) / (max(across) * max(down))
+        need += 2 * share * full[0] * full[1]
+    if any(tile[0] == "libtiff" for tile in image.tile):  # a strip, or a tile, at a time
+        tags = image.tag_v2
+        width, height = tags.get(322, full[0]), tags.get(323, min(full[1], tags.get(278, full[1])))
+        need += width * height * max(32, sum(tags.get(258, ()))) / 8
+    if need > GIB:
+        need = math.ceil(need / GIB * 10) / 10
+        raise ValueError(f"{shape}; needs {need} GiB when decoded, more than 1")
 
 
 def _choose_box(upright, size, crop, draws) -> tuple[float, float, float, float]:
@@ -169,16 +222,49 @@ def _shrink_while_decoding(image, size, box) -> tuple[float, float, float, float
     return tuple(min(side / factor, limit) for side, limit in zip(box, limits, strict=True))
 
 
-def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
-    """An upright image of any mode as mode L or RGB."""
-    ImageOps.exif_transpose(image, in_place=True)
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    """An upright image of any mode as mode L or RGB.
+
+    In strips: transparency takes five copies, and deep samples take 20 bytes a pixel.
+    """
+    if image.mode == mode and not image.has_transparency_data:
+        return image
+    if image.width * image.height <= STRIP:
+        return _flatten(image).convert(mode)
+    converted, top = Image.new(mode, image.size), 0
+    for strip in _strips(image):
+        converted.paste(strip.convert(mode), (0, top))
+        top += strip.height
+    return converted
+
+
+def _strips(image: Image.Image) -> Iterator[Image.Image]:
+    """An image of any mode in strips of mode L or RGB, from the top down."""
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        yield _flatten(image.crop((0, top, image.width, bottom)))
+
+
+def _is_grey(image: Image.Image) -> bool:
+    """Whether all pixels of an image of mode L or RGB are grey."""
+    pixels = np.asarray(image)
+    return pixels.ndim == 2 or bool((pixels == pixels[..., :1]).all())
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """An image of any mode as mode L or RGB, of the mode that loses nothing."""
     if image.mode.startswith(("I", "F")):
         deep = np.asarray(image)
-        if image.mode != "F":  # 16-bit samples, whatever the width that holds them
-            deep = deep.clip(0, 65535) / 257
-        return Image.fromarray(deep.clip(0, 255).round().astype(np.uint8))
+        if image.mode == "F":
+            deep = np.nan_to_num(deep).clip(0, 255).round()
+        else:  # 16-bit samples, whatever the width that holds them: divided by 257, and rounded
+            deep = (deep.clip(0, 65535).astype(np.int32) + 128) // 257
+        return Image.fromarray(deep.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
-    return image if image.mode == "L" else image.convert("L" if image.mode == "1" else "RGB")
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
