@@ -182,7 +182,7 @@ def test_headers_that_are_damaged(tmp_path):
     path = tmp_path / "m.safetensors"
     header = {key: value for key, value in HEADER.items() if key != "model"}
     path.write_bytes(weights.encode(trained().state_dict(), header))
-    with pytest.raises(UserError, match="^its header lacks model$"):
+    with pytest.raises(UserError, match=r"^its header lacks model$"):
         pretrained.read_weights(str(path), "lenet")
     places = (0, 4 * 10**12), (0, 4), (4, 8), (-4, 0), (0,), "x", None
     heads = [{"w": {"dtype": "F32", "shape": [10**12], "data_offsets": p}} for p in places]
@@ -442,7 +442,7 @@ def test_many_and_long_names():
     pretrained.fit(network, long, ["fc"], True)
     assert same(network.state_dict(), state)
     many = {f"{i}.{i}.weight": state["fc.weight"] for i in range(100_000)}
-    with pytest.raises(UserError, match="^nothing fits") as caught:
+    with pytest.raises(UserError, match=r"^nothing fits") as caught:
         pretrained.fit(network, many | {"x" * 10**6: torch.ones(9, 9)}, ["fc"], True)
     assert len(str(caught.value)) <= 400
 
