@@ -14,7 +14,7 @@ from torch import Tensor
 from lenslet.errors import UserError
 
 MOST = 1 << 15  # tensors in a file: those of a network and its optimizer are a third at most
-UNLIKELY = "its tensors are larger than the file, or more than any network has"
+LARGER = "its tensors are larger than the file, which was cut off or damaged"
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -32,14 +32,20 @@ def read(path: Path) -> dict[str, Tensor]:
     def check(storage, _):  # in the older format, before its memory is touched
         nonlocal count
         count += 1
-        if storage.nbytes() > 4 * size or count > MOST:
-            raise UserError(UNLIKELY)
+        if storage.nbytes() > 4 * size:
+            raise UserError(LARGER)
+        _check_count(count)
         return storage
 
     # timm's own checkpoints hold their options as a Namespace, which does nothing.
     with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
         warnings.simplefilter("ignore")  # an error says it all
         return _largest_state(torch.load(path, map_location=check, weights_only=True))
+
+
+def _check_count(count: int) -> None:
+    if count > MOST:
+        raise UserError(f"holds more than {MOST:,} tensors, which no network has")
 
 
 def _check_zip(file, size: int) -> None:
@@ -52,8 +58,9 @@ def _check_zip(file, size: int) -> None:
                 "state_dict()"
             )
         # torch.save() compresses nothing, and weights hardly can be.
-        if sum(entry.file_size for entry in entries) > 4 * size or len(entries) > MOST:
-            raise UserError(UNLIKELY)
+        if sum(entry.file_size for entry in entries) > 4 * size:
+            raise UserError(LARGER)
+        _check_count(len(entries))
         for entry in entries:
             if entry.CRC:  # 0: written without checksums
                 with archive.open(entry) as record:

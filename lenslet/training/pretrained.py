@@ -155,7 +155,8 @@ def _read_file(path: Path) -> tuple[State, dict]:
                 f"runs code ({_line(code[1])}) when it is loaded; if you trust it, load it with "
                 "torch.load(…, weights_only=False) and torch.save() its state_dict alone"
             ) from None
-        reason = _line(str(error).rpartition("WeightsUnpickler error:")[2] or type(error).__name__)
+        said = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+        reason = _line(re.split(r"\n|\. ", said)[0] or type(error).__name__)  # torch adds advice
         raise UserError(
             f"cannot be read as weights: cut off, damaged or something else ({reason}); {AGAIN}"
         ) from None

@@ -196,7 +196,7 @@ def test_too_many(read, monkeypatch):
     monkeypatch.setattr(pretrained.pickles, "MOST", 20)
     tree = {str(i): torch.ones(1) for i in range(30)}
     for legacy in (False, True):
-        assert "more than any network has" in read(saved(tree, legacy))
+        assert "which no network has" in read(saved(tree, legacy))
 
 
 def test_no_checksums(read):
