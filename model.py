@@ -194,7 +194,11 @@ def load_model(path: str | Path) -> tuple[nn.Module, Prepare, dict]:
     """
     file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     with error_context(str(file)):
-        tensors, header = weights.read(file)
+        try:
+            tensors, header = weights.read(file)
+        except weights.ForeignError as error:
+            hint = "to start a training from it: `train.py --pretrained FILE`"
+            raise UserError(f"{error}; {hint}") from error
         try:
             create = partial(create_model, header["model"], **header["model_args"])
             weights.check_shapes(tensors, create)

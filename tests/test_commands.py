@@ -109,7 +109,7 @@ def test_the_readme_runs(clone, make_folder, commands):
 def test_the_readme_is_true_of_python(clone):
     """The lines for use from Python answer images as they come, from a run folder."""
     shell(".venv/bin/python scripts/train.py --data digits --epochs 1", clone)
-    (block,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    block, _ = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     program = "import torch\nimages = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)\n" + block
     (clone / "program.py").write_text(program + "assert logits.shape == (2, 10), logits.shape\n")
     shell(".venv/bin/python program.py", clone)

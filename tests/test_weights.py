@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import pickle
+import re
+import threading
 
 import pytest
 import safetensors.torch
@@ -12,10 +14,12 @@ import torch
 from conftest import HEADER
 from torch import nn
 
-from lenslet import weights
+from lenslet import files, weights
 from lenslet.errors import UserError
 from lenslet.weights import digest, encode, read, read_header, storable
-from model import create_model
+from model import create_model, load_model
+
+README = files.ROOT / "README.md"
 
 
 @pytest.fixture
@@ -140,7 +144,7 @@ def test_nothing_is_executed(tmp_path, write):
 
 def test_header_alone(tmp_path, monkeypatch):
     """The header is read without the tensors, here a GiB that is not on the disk."""
-    monkeypatch.setattr(weights, "load_file", None)
+    monkeypatch.setattr(weights, "from_bytes", None)
     path, size = tmp_path / "m.safetensors", 1 << 30
     metadata = {k: v if k in weights.TEXT else json.dumps(v) for k, v in HEADER.items()}
     metadata |= {"format": "lenslet", "version": "1"}
@@ -150,3 +154,92 @@ def test_header_alone(tmp_path, monkeypatch):
         file.write(len(head).to_bytes(8, "little") + head)
         file.truncate(8 + len(head) + size)
     assert read_header(path)["classes"] == HEADER["classes"]
+
+
+@pytest.fixture
+def contents():
+    """Two weights files: all that is in the tensors is the header's epoch."""
+    files = [({"w": torch.full((64, 64), n)}, HEADER | {"epoch": n}) for n in (1, 2)]
+    return [encode(*file) for file in files]
+
+
+def replace(path, content):
+    """As a training does it: at once, by another file."""
+    path.with_suffix(".new").write_bytes(content)
+    os.replace(path.with_suffix(".new"), path)
+
+
+def test_replaced_between_header_and_tensors(path, contents, monkeypatch):
+    """The header and the tensors are of one file, whatever takes its place in between."""
+    replace(path, contents[0])
+
+    def check_header(header, check=weights.check_header):
+        check(header)
+        replace(path, contents[1])
+
+    monkeypatch.setattr(weights, "check_header", check_header)
+    for epoch in (1, 2):
+        tensors, header = read(path)
+        assert header["epoch"] == epoch and (tensors["w"] == epoch).all()
+
+
+def test_read_while_it_is_replaced(path, contents):
+    """Each of 1,000 reads gives one of two files that take each other's place all the time."""
+    replace(path, contents[0])
+    done = threading.Event()
+
+    def write():
+        while not done.is_set():
+            for content in contents:
+                replace(path, content)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(1000):
+            tensors, header = read(path)
+            assert (tensors["w"] == header["epoch"]).all()
+            assert read_header(path)["epoch"] in (1, 2)
+    finally:
+        done.set()
+        writer.join()
+
+
+def test_other_files_point_to_training(tmp_path):
+    """What is no weights file of train.py says so, and which option starts a training from it."""
+    state = create_model("lenet", 3).state_dict()
+    path = tmp_path / "w.pth"
+    for legacy in (False, True):
+        torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+        refuse_foreign(path, "not a weights file of train.py")
+    for content in (b"\x08\x07\x12\x07pytorch\x1a", b"<html></html>", bytes(100)):
+        path.write_bytes(content)
+        refuse_foreign(path, "not a weights file of train.py")
+    for metadata in (None, {"format": "pt"}):
+        safetensors.torch.save_file(state, path, metadata)
+        refuse_foreign(path, "not written by train.py")
+
+
+def refuse_foreign(path, said):
+    with pytest.raises(UserError) as caught:
+        load_model(path)
+    assert str(caught.value).startswith(f"{path}: {said}")
+    assert str(caught.value).endswith("`train.py --pretrained FILE`")
+
+
+def test_use_in_timm(tmp_path, monkeypatch):
+    """README's lines for plain timm write a .pth that timm loads, and answers alike."""
+    monkeypatch.chdir(tmp_path)
+    network = create_model("test_resnet", 3, size=160)
+    assert not network.stem_note
+    arguments = {"classes": 3, "channels": 3, "size": [160, 160]}
+    header = HEADER | {"model": "test_resnet", "model_args": arguments, "input_size": [160, 160]}
+    (tmp_path / "model.safetensors").write_bytes(encode(network.state_dict(), header))
+    model, prepare, header = load_model("model.safetensors")
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    (block,) = (block for block in blocks if "timm" in block)
+    names = {"model": model, "header": header}
+    exec(block, names)
+    images = prepare(torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8))
+    with torch.no_grad():
+        torch.testing.assert_close(names["network"].eval()(images), model(images))

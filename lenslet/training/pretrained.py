@@ -6,27 +6,28 @@
 `read_weights()` finds the tensors, and `fit()` loads those that fit.  No code from a file is run.
 """
 
-import argparse
 import collections
 import contextlib
 import queue
 import re
 import threading
+import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lenslet import files, weights
 from lenslet.data import download
 from lenslet.errors import OutsideError, UserError, error_context, nearest
+from lenslet.training import pickles
 from lenslet.training.net import is_below
 from model import find_network
 
 PATIENCE = 15.0  # seconds that the hub has to say which weights it holds
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that a repository has is used
+AGAIN = "delete it, and download or save it again"
 
 State = dict[str, Tensor]  # by name, as in a state_dict
 
@@ -130,43 +131,60 @@ def _read_file(path: Path) -> tuple[State, dict]:
     if not path.is_file():
         what = "is a folder: name a file in it" if path.is_dir() else "no such file"
         raise UserError(f"{what}; or give a URL, or timm")
+    tensors, header = {}, {}
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                ours = (file.metadata() or {}).get("format") == weights.FORMAT
-            tensors, header = weights.read(path) if ours else (load_file(path), {})
-        else:  # timm's own checkpoints hold their options as a Namespace, which does nothing
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                tree = torch.load(path, map_location="cpu", weights_only=True)
-            tensors, header = _largest_state(tree), {}
-    except (OSError, UserError):
+        if path.suffix != ".safetensors":
+            tensors = pickles.read(path)
+        else:
+            try:
+                tensors, header = weights.read(path)
+            except weights.ForeignError:
+                tensors = load_file(path)
+        if not tensors:
+            raise UserError("holds no tensors with names; save a state_dict")
+        _check_tensors(tensors, path.stat().st_size)
+    except UserError:
         raise
+    except zipfile.BadZipFile as error:
+        raise UserError(f"is cut off or damaged ({_line(error)}); {AGAIN}") from None
     except Exception as error:  # damage takes many forms, KeyError and UnicodeDecodeError too
+        if isinstance(error, OSError) and error.filename:
+            raise
         if code := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
             raise UserError(
-                f"runs code ({code[1]}) when it is loaded; if you trust it, load it with "
+                f"runs code ({_line(code[1])}) when it is loaded; if you trust it, load it with "
                 "torch.load(…, weights_only=False) and torch.save() its state_dict alone"
             ) from None
-        reason = _line(str(error).rpartition("WeightsUnpickler error:")[2] or type(error).__name__)
+        said = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+        reason = _line(re.split(r"\n|\. ", said)[0] or type(error).__name__)  # torch adds advice
         raise UserError(
-            f"cannot be read as weights ({reason}); "
-            "if it is damaged, delete it and download or save it again"
+            f"cannot be read as weights: cut off, damaged or something else ({reason}); {AGAIN}"
         ) from None
-    if not tensors:
-        raise UserError("holds no tensors with names; save a state_dict")
     return tensors, header
 
 
-def _largest_state(tree) -> State:
-    """Of a dict and the dicts in it, the tensors of the one that has most of them.
+def _check_tensors(tensors: State, size: int) -> None:
+    """Refuse tensors that are no plain arrays of real, finite numbers, or larger than their file.
 
-    An optimizer's state has numbers for keys, which are not followed.
+    size: bytes of the file.  A tensor may be a view that repeats a few numbers 10**12 times.
+    Errors: UserError with the name of the tensor.
     """
-    if not isinstance(tree, dict):
-        return {}
-    entries = {key: value for key, value in tree.items() if isinstance(key, str)}
-    here = {key: value.detach() for key, value in entries.items() if isinstance(value, Tensor)}
-    return max([here, *map(_largest_state, entries.values())], key=len)
+    total = 0
+    for name, value in tensors.items():
+        kinds = {
+            "sparse": value.layout != torch.strided,
+            "without values (on the meta device)": value.is_meta,
+            "quantized": value.is_quantized,
+            "nested": value.is_nested,
+            "complex": value.is_complex(),
+        }
+        if wrong := [kind for kind, found in kinds.items() if found]:
+            raise UserError(f"{weights.one_line(name, 100)} is {wrong[0]}; save plain tensors")
+        bytes_ = value.numel() * value.itemsize
+        total += bytes_
+        if bytes_ > 4 * size or total > 16 * size:  # names may share a tensor
+            raise UserError(f"{weights.one_line(name, 100)} is larger than the file")
+    weights.check_finite(tensors)
 
 
 @torch.no_grad()
@@ -240,14 +258,16 @@ def _describe_rest(own, in_head, tensors, sources, matched, fitting) -> list[str
 
 def _shared_prefix(tensors: State, own: State) -> str:
     """What most names have in front of a name in the network that has the same shape."""
-    votes = collections.Counter()
+    votes = collections.Counter({"": 0})  # the first among equals: plain names
+    lengths = sorted({len(name) for name in own}, reverse=True)
     for name, value in tensors.items():
-        for start in range(len(name)):
+        for start in (len(name) - length for length in lengths if length <= len(name)):
             # Never within a number: 10.weight is not 0.weight with a prefix.
             if start == 0 or not name[start - 1].isalnum():
                 known = own.get(name[start:])
-                votes[name[:start]] += known is not None and known.shape == value.shape
-    return max(votes, key=votes.get, default="")  # the first among equals: plain names
+                if known is not None and known.shape == value.shape:
+                    votes[name[:start]] += 1
+    return max(votes, key=votes.get)
 
 
 def _adapt_input_channels(network: nn.Module, own: State, matched: State) -> State:
@@ -291,7 +311,7 @@ def _adapt(weight: Tensor, channels: int) -> Tensor:
 def _first_three(names: list[str]) -> str:
     """The first three, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return _line(", ".join(names[:3])) + more
 
 
 def _shapes(tensors: State) -> str:

@@ -134,7 +134,7 @@ def test_safetensors_of_ours(tmp_path):
     path.write_bytes(data)
     tensors, header = pretrained.read_weights(str(path), "lenet")
     assert same(tensors, state) and header["classes"] == ["a", "b"]
-    altered, cut = r"^the weights are not those", "^cannot be read"
+    altered, cut = r"^the weights are not those", "^not a complete safetensors file"
     for damaged, message in (
         (data[:-1] + bytes([data[-1] ^ 1]), altered),
         (data[:-1], cut),
@@ -177,6 +177,23 @@ def test_code_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_headers_that_are_damaged(tmp_path):
+    """A header of ours without its network, or one that declares 10**12 numbers, is one line."""
+    path = tmp_path / "m.safetensors"
+    header = {key: value for key, value in HEADER.items() if key != "model"}
+    path.write_bytes(weights.encode(trained().state_dict(), header))
+    with pytest.raises(UserError, match=r"^its header lacks model$"):
+        pretrained.read_weights(str(path), "lenet")
+    places = (0, 4 * 10**12), (0, 4), (4, 8), (-4, 0), (0,), "x", None
+    heads = [{"w": {"dtype": "F32", "shape": [10**12], "data_offsets": p}} for p in places]
+    for head in (*heads, {"w": {"dtype": "F32"}}, {"w": 1}, {"__metadata__": 1}, [1], "x", None):
+        text = json.dumps(head).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+        with pytest.raises(UserError) as caught:
+            pretrained.read_weights(str(path), "lenet")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) <= 400
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_no_weights_to_read(tmp_path, suffix):
     """Missing, a folder, cut off, something else, or without tensors: one line says which."""
@@ -189,7 +206,9 @@ def test_no_weights_to_read(tmp_path, suffix):
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"<html>not found</html>", bytes(99), b"\x80\2"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"^cannot be read as weights .*again") as c:
+        with pytest.raises(
+            UserError, match=r"^(cannot be|is cut off).* damaged .*again$|^not a complete"
+        ) as c:
             pretrained.read_weights(str(path), "lenet")
         assert "\n" not in str(c.value) and c.value.status == 2
     torch.save({"epoch": 3, "note": ["x", torch.ones(2)]}, tmp_path / "other.pth")
@@ -414,6 +433,18 @@ def test_prefix_ends_with_a_name():
     state = {f"10.{name}": value for name, value in nn.Linear(4, 4).state_dict().items()}
     with pytest.raises(UserError, match="nothing fits"):
         pretrained.fit(nn.Sequential(nn.Linear(4, 4)), state, [], False)
+
+
+def test_many_and_long_names():
+    """The time for a shared prefix grows with the names' lengths and number, not their squares."""
+    network, state = tiny(), trained().state_dict()
+    long = {"a." * 500_000 + name: value for name, value in state.items()}
+    pretrained.fit(network, long, ["fc"], True)
+    assert same(network.state_dict(), state)
+    many = {f"{i}.{i}.weight": state["fc.weight"] for i in range(100_000)}
+    with pytest.raises(UserError, match=r"^nothing fits") as caught:
+        pretrained.fit(network, many | {"x" * 10**6: torch.ones(9, 9)}, ["fc"], True)
+    assert len(str(caught.value)) <= 400
 
 
 def test_head_stays_new():
