@@ -50,15 +50,14 @@ def main(argv=None):
     trained = vars(cli.layered(options.build_parser(), header["options"]))
     accelerator = create_accelerator(args, header)
     model, prepare = model.to(accelerator.device), prepare.to(accelerator.device)
-    if not args.weights:
-        accelerator.print(f"using {describe(weights, header)}")
+    using = "" if args.weights else f"using {describe(weights, header)}"
 
     # The images: the first process inspects the files of a folder, the others read what it found.
     workers = start.decoding_workers(trained["workers"] if args.workers is None else args.workers)
     opened = partial(open_split, args, weights, header, workers)
     data, split = start.main_process_first(accelerator, opened)
     part = data.splits[split]
-    for note in filter(None, [caution(header), *data.notes]):
+    for note in filter(None, [using, caution(header), *data.notes]):
         accelerator.print(note)
     if args.tta:
         check_tta(trained["augment"], part.in_memory)

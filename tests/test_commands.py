@@ -106,10 +106,32 @@ def test_the_readme_runs(clone, make_folder, commands):
             assert (clone / "pictures" / "mnist" / "test" / "7").is_dir()
 
 
+def python(word):
+    """The README's lines of Python that have a word in them."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    (found,) = [block for block in blocks if word in block]
+    return found
+
+
+def test_the_readmes_own_network_and_images(clone):
+    """A class pasted into model.py, and images written to a folder, are all that training needs."""
+    make = "import numpy as np\npixels = np.zeros((9, 9, 3), np.uint8)\n"
+    make += "mine = [(pixels, name) for name in ('ants', 'bees') for _ in range(20)]\n"
+    (clone / "program.py").write_text(make + python("Image.fromarray"))
+    shell(".venv/bin/python program.py", clone)
+    before = (clone / "model.py").read_text()
+    after = before.replace("\n\ndef create_model", f"\n{python('NETWORKS')}\n\ndef create_model", 1)
+    (clone / "model.py").write_text(after)
+    words = "--data my/pictures --model small --epochs 1"
+    assert "small: " in shell(f".venv/bin/python scripts/train.py {words}", clone)
+    shell(".venv/bin/python scripts/test.py", clone)
+    (clone / "model.py").write_text(before)
+
+
 def test_the_readme_is_true_of_python(clone):
     """The lines for use from Python answer images as they come, from a run folder."""
     shell(".venv/bin/python scripts/train.py --data digits --epochs 1", clone)
-    block, _ = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    block = python("load_model")
     program = "import torch\nimages = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)\n" + block
     (clone / "program.py").write_text(program + "assert logits.shape == (2, 10), logits.shape\n")
     shell(".venv/bin/python program.py", clone)

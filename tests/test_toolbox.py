@@ -229,7 +229,7 @@ def test_what_was_interrupted_ends_alike(plain, tmp_path, monkeypatch, words):
         (["--class-weights", "1,2"], "--class-weights: 2 numbers for 10 classes"),
         (["--class-weights", "1,-2"], "--class-weights"),
         (["--class-weights", "even"], "--class-weights"),
-        (["--limit", "9"], "9 images are too few for 10 classes"),
+        (["--limit", "9"], "9 images: too few for 10 classes"),
         (["--overfit", "20", "--limit", "20"], "--overfit"),
         (["--overfit", "20", "--fold", "1/2"], "--overfit"),
         (["--overfit", "20", "--time", "9s"], "--overfit"),

@@ -6,7 +6,7 @@ import os
 import torch
 from torch import Tensor
 
-from lenslet.errors import UserError
+from lenslet.errors import UserError, counted
 
 
 def split_by_hash(name: str) -> str:
@@ -28,7 +28,7 @@ def validation_mask(labels: Tensor, val: float, fold: str | None) -> Tensor:
     number, count = map(int, fold.split("/"))
     least = labels.bincount(minlength=1).min().item()
     if least < count:
-        raise UserError(f"a class has {least} images, too few for {count} folds")
+        raise UserError(f"a class has {counted(least, 'image')}, too few for {count} folds")
     return folds(labels, count) == number - 1
 
 
@@ -41,7 +41,7 @@ def subset(labels: Tensor, limit: int | None) -> Tensor:
         return torch.arange(len(labels))
     counts = labels.bincount()
     if limit < (classes := int((counts > 0).sum())):
-        raise UserError(f"{limit} images are too few for {classes} classes")
+        raise UserError(f"{counted(limit, 'image')}: too few for {classes} classes")
     # Each class's first image, then of whatever class has the smallest share so far.
     share = ranks(labels) / counts[labels]
     return share.argsort(stable=True)[:limit].sort().values

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lenslet.cli import command
 from lenslet.data.batches import Data
+from lenslet.errors import counted
 from lenslet.files import shown
 from lenslet.grid import draw_grid
 
@@ -58,8 +59,8 @@ def introduce(model: str, data: Data, network, accelerator, notes: list[str], fr
     if network.stem_note:
         lines.append(network.stem_note)
     lines.append(
-        f"{data.name}: {len(train):,} training images, {len(val):,} validation images, "
-        f"{len(data.classes)} classes"
+        f"{data.name}: {counted(len(train), 'training image')}, "
+        f"{counted(len(val), 'validation image')}, {len(data.classes)} classes"
     )
     count = sum(p.numel() for p in network.parameters())
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)

@@ -60,7 +60,7 @@ def test_subset(limit):
     assert counts.min() >= 1
     assert (counts - limit * torch.tensor([0.60, 0.38, 0.02])).abs().max() <= 2
     assert torch.equal(subset(labels, None), torch.arange(100))
-    with pytest.raises(UserError, match="2 images are too few for 3 classes"):
+    with pytest.raises(UserError, match="2 images: too few for 3 classes"):
         subset(labels, 2)
 
 
@@ -68,7 +68,7 @@ def test_subset_of_small_classes():
     """A class with one image counts, and a number that no image has does not."""
     labels = torch.tensor([2, 0, 2, 2])
     assert labels[subset(labels, 2)].sort().values.tolist() == [0, 2]
-    with pytest.raises(UserError, match="1 images are too few for 2 classes"):
+    with pytest.raises(UserError, match="1 image: too few for 2 classes"):
         subset(labels, 1)
 
 
