@@ -236,6 +236,49 @@ def test_images_that_are_no_files_are_named(run, pictures, capsys, word):
     assert broken == [str(ants / "0.png"), str(ants / "pipe.png")]
 
 
+def test_a_name_that_begins_with_a_dash(run, pictures, capsys, monkeypatch):
+    """Taken for an option, it gets a hint at --, which works."""
+    monkeypatch.chdir(pictures / "test" / "ants")
+    os.rename("0.png", "-x.png")
+    monkeypatch.setattr("sys.argv", ["predict.py"])
+    said = refused(capsys, predict.main, "-x.png")
+    assert said.endswith("required: IMAGE; for the file of that name: predict.py -- -x.png")
+    said = refused(capsys, predict.main, "1.png", "-x.png")
+    assert said.startswith("error: unknown option -x.png; for the file of that name: ")
+    assert "file" not in refused(capsys, predict.main, "1.png", "-y.png")
+    assert run_main(predict.main, ["--", "-x.png"]) == 0
+    assert capsys.readouterr().out.startswith("-x.png: ")
+
+
+def test_json_for_any_name_and_number(run, pictures, capsys, monkeypatch):
+    """A name that is not UTF-8 can be had back from the JSON, and NaN is null in it."""
+    path = os.fsencode(pictures) + b"/Gr\xfc\xdfe \xc3\xa4\n.png"
+    os.rename(pictures / "test" / "ants" / "0.png", path)
+    assert run_main(predict.main, [os.fsdecode(path), "--format", "json"]) == 0
+    out = capsys.readouterr().out
+    (answer,) = json.loads(out.encode())  # which lone surrogates could not be
+    assert os.fsencode(answer["file"]) == path and "ä" in out
+    predict.write([("a", [("ants", float("nan")), ("bees", 0.5)])], "json", 2)
+    (answer,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [guess["probability"] for guess in answer["predictions"]] == [None, 0.5]
+
+
+def test_max_pixels(run, pictures, capsys):
+    """--max-pixels says how large a file may be; what is larger is named, the rest answered."""
+    assert run_main(predict.main, [pictures, "--max-pixels", "120", "--weights", run]) == 0
+    assert run_main(predict.main, [pictures, "--max-pixels", "119", "--weights", run]) == 1
+    assert "(10×12 pixels, more than 119)" in capsys.readouterr().err
+
+
+def test_no_regular_files(run, pictures, capsys):
+    """A pipe, a device and standard input that is one of them are named at once, and not opened."""
+    os.mkfifo(pictures / "pipe.png")
+    for path in (pictures / "pipe.png", "/dev/zero"):
+        assert run_main(predict.main, [path, "--weights", run]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"error: {path}: cannot be read as an image (not a regular file)"
+
+
 def test_a_folder_that_cannot_be_read_is_an_error(run, pictures, capsys):
     """No image of a folder is left out because a part of it cannot be read."""
     link = pictures / "test" / "more"

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -248,6 +249,89 @@ def test_random_boxes_differ(tmp_path):
     assert np.array_equal(whole[..., 0], x)
 
 
+def test_all_deep_values(tmp_path):
+    """Each of the 65,536 values of 16 bits is divided by 257 and rounded."""
+    deep = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    check_grey(save(tmp_path / "a.png", deep), (deep / 257).round().astype(np.uint8))
+
+
+MODES = ["1", "L", "P", "LA", "RGB", "RGBA", "I;16", "transparent"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [None, (20, 30)])
+def test_strips(tmp_path, monkeypatch, mode, size):
+    """An image that is converted strip by strip has the pixels of one converted at once."""
+    image = Image.fromarray(np.dstack([smooth(50, 70), smooth(50, 70)[..., 2]]))
+    if mode == "transparent":
+        image.convert("RGB").quantize(8).save(tmp_path / "a.png", transparency=bytes([0, 99]))
+    else:
+        deep = np.arange(3500, dtype=np.uint16).reshape(50, 70) * 18
+        (Image.fromarray(deep) if mode == "I;16" else image.convert(mode)).save(tmp_path / "a.png")
+    whole = [read_image(tmp_path / "a.png", channels, size) for channels in (1, 3)]
+    grey = inspect_image(tmp_path / "a.png", 64).grey
+    monkeypatch.setattr(decode, "STRIP", 70 * 8 + 1)  # the last strip is of two rows
+    flattened, real = [], decode._flatten
+    monkeypatch.setattr(decode, "_flatten", lambda i: flattened.append(i.height) or real(i))
+    for channels, expected in zip((1, 3), whole, strict=True):
+        assert np.array_equal(read_image(tmp_path / "a.png", channels, size), expected)
+    assert inspect_image(tmp_path / "a.png", 64).grey == grey == (mode in ("1", "L", "LA", "I;16"))
+    assert max(flattened) == 8
+
+
+def head_of_png(width, height, colour):
+    """A PNG of 8 bits that ends after its header; colour: 0 grey, 2 RGB, 3 palette, 6 RGBA."""
+    image = {0: "L", 2: "RGB", 3: "P", 6: "RGBA"}[colour]
+    buffer = io.BytesIO()
+    Image.new(image, (1, 1)).save(buffer, "PNG")
+    content = bytearray(buffer.getvalue())
+    content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("width", "colour", "reason"),
+    [
+        (13000, 6, "13000×13000 pixels; needs 1.3 GiB when decoded, more than 1"),
+        (14800, 0, "14800×14800 pixels; needs 1.1 GiB when decoded, more than 1"),
+        (14600, 0, "truncated"),  # what it needs would be there, and more than Pillow's limit
+        (14600, 2, "truncated"),
+        (14600, 3, "truncated"),
+        (40000, 2, "exceeds limit of"),
+    ],
+)
+def test_memory_by_the_header(tmp_path, width, colour, reason):
+    """What an image would need is told from its header, and alike wherever it is read."""
+    path = tmp_path / "a.png"
+    path.write_bytes(head_of_png(width, width, colour))
+    for read in (lambda: read_image(path, 3, (64, 64)), lambda: inspect_image(path, 64)):
+        with pytest.raises(UnreadableImage, match=reason):
+            read()
+
+
+def test_memory_after_reduced_decoding(tmp_path, monkeypatch):
+    """A JPEG counts as large as it is decoded; a progressive one with all its coefficients; turned
+    ones twice.
+    """
+    monkeypatch.setattr(decode, "GIB", 2**20)
+    paths = [tmp_path / name for name in ("a.jpg", "progressive.jpg", "a.png", "turned.png")]
+    image = smooth(1200, 1200)
+    save(paths[0], image)
+    save(paths[1], image, progressive=True)
+    save(paths[2], smooth(440, 440))
+    save_turned(paths[3], smooth(440, 440), 6)
+    assert read_image(paths[0], 3, (64, 64)).shape == (64, 64, 3)
+    assert inspect_image(paths[0], 64).side == 1200
+    assert read_image(paths[2], 3, (64, 64)).shape == (64, 64, 3)
+    for path, size in ((paths[0], None), (paths[1], (64, 64)), (paths[3], (64, 64))):
+        with pytest.raises(UnreadableImage, match=r"needs \d+\.\d GiB when decoded, more than 1"):
+            read_image(path, 3, size)
+    assert read_image(paths[0], 3, None, most=1440000).shape == (1200, 1200, 3)
+    with pytest.raises(UnreadableImage, match="1200×1200 pixels, more than 1439999"):
+        read_image(paths[0], 3, (64, 64), most=1439999)
+
+
 def png_bytes():
     buffer = io.BytesIO()
     Image.fromarray(smooth(40, 40)).save(buffer, "PNG")
@@ -374,8 +458,8 @@ def test_pillow_is_silent(tmp_path):
     program = f"""
 import warnings
 import PIL.Image
-PIL.Image.MAX_IMAGE_PIXELS = 20  # 24 are then worth a warning
 from lenslet.data.decode import inspect_image, longer_side, read_image
+PIL.Image.MAX_IMAGE_PIXELS = 20  # 24 are then worth a warning
 assert not any("PIL" in str(entry) for entry in warnings.filters)
 assert read_image({str(path)!r}, 3).shape == (4, 6, 3)
 assert longer_side({str(path)!r}) == 6 and inspect_image({str(path)!r}, 64).side == 6

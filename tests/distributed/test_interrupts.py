@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -218,6 +219,19 @@ pathlib.Path(__file__).with_name(f"{rank}.json").write_text(json.dumps(said))
 distributed.barrier()
 distributed.destroy_process_group()
 """
+
+
+def test_workers_end_unnoticed():
+    """At the exit workers are killed, and torch's handler, which would raise, is not called."""
+    killed, before = [], signal.signal(signal.SIGCHLD, lambda *args: killed.append(args))
+    try:
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+        interrupts.end_workers()
+        worker.join()
+        assert (worker.exitcode, killed) == (-signal.SIGKILL, [])
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])

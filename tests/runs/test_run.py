@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -570,6 +572,34 @@ def test_vanished_image(make_folder, tmp_path, monkeypatch, capsys):
     assert call(*words) == 1
     error = capsys.readouterr().err
     assert str(lost) in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_vanished_image_with_workers(make_folder, tmp_path):
+    """With processes that decode too, which end with the run: standard error has that one line."""
+    photos = make_folder(tmp_path / "photos", {"train": 9, "val": 2}, size=(90, 70), suffix=".jpg")
+    lost = photos / "train" / "bees" / "3.jpg"
+    words = ["--data", photos, "--output", tmp_path / "run", *TINY, "--image-size", "32"]
+    words += ["--workers", "2"]
+    program = f"""
+import sys
+sys.path[:0] = ["scripts", "."]
+from pathlib import Path
+import train
+from lenslet.distributed.interrupts import Interrupts
+from lenslet.errors import run_main
+agree = Interrupts.agree
+def lose(*args, **more):
+    Path({str(lost)!r}).unlink(missing_ok=True)
+    return agree(*args, **more)
+Interrupts.agree = lose
+sys.exit(run_main(train.main, {[str(word) for word in words]!r}))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=files.ROOT, capture_output=True, text=True
+    )
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr
+    assert str(lost) in result.stderr
 
 
 @pytest.fixture
