@@ -55,6 +55,7 @@ SURVIVORS = {
         "zip(*columns)": "a guard: every column has a number for each class",
     },
     "lenslet/weights.py": {
+        "sha.update(tensor.cpu()": "a view as bytes has no gradient",
         "tensor.detach().clone(": "only a GPU notices",
         "tensor.detach().contiguous()": "only a GPU notices",
         "json.dumps(v) for": "JSON says the same in ASCII",
