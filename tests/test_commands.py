@@ -310,7 +310,7 @@ def test_broken_test_images_are_skipped_to_the_end(clone, make_folder):
     shell("make train DATA='with space' MODEL=lenet", clone, status=2)
     words = "--skip-broken --epochs 1 --no-watch"
     said = shell(f"make train DATA='with space' MODEL=lenet ARGS='{words}'", clone)
-    assert "1 images that cannot be read" in said
+    assert "1 image that cannot be read" in said
     assert "6 images" in said
 
 
