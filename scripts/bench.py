@@ -15,6 +15,7 @@ The sides take turns, because the speed of a machine drifts: ratios and medians 
 The figures go to the console and to runs/bench.json.
 """
 
+import _root  # noqa: F401, I001 (before torch)
 import io
 import json
 import multiprocessing
@@ -39,7 +40,6 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-import _root  # noqa: F401
 from lenslet import files
 from lenslet.cli import as_written, create_parser, number, parse, parse_duration
 from lenslet.data import sets

@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -24,7 +25,7 @@ KNOWS_ARGS |= {"runs/run.py"}  # and scripts/
 NAMES_OPTIONS = KNOWS_ARGS | {"cli.py", "runs/summary.py", "runs/launch.py"}
 NAMES_OPTIONS |= {"distributed/launchers.py"}  # it says which of ours replaces a launcher's
 BRANCHES = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.IfExp, ast.Assert, ast.comprehension)
-CODE_LINES = 5780  # what there is: who adds something looks first for what can go
+CODE_LINES = 5785  # what there is: who adds something looks first for what can go
 
 
 def sources():
@@ -72,6 +73,31 @@ def test_imports_go_down(name):
     if own:  # lenslet/__init__.py is empty
         for other in filter(None, map(level, imported(TREES[name]))):
             assert other[0] < own[0] or other == own, f"{name} imports from {other[1]}"
+
+
+@pytest.mark.parametrize("name", [n for n in SOURCES if n.startswith("scripts/")])
+def test_commands_begin_with_root(name):
+    """_root is imported before torch, which reads what it sets, and before anything of ours."""
+    first = [module.split(".")[0] for module in imported(ast.Module(TREES[name].body, []))]
+    ours = {"torch", "numpy", "lenslet", "model", "train"}
+    if name != "scripts/_root.py":
+        assert not ours & set(first[: first.index("_root")])
+
+
+def test_waiting_threads(monkeypatch):
+    """Threads wait without spinning for long, unless the user has said how."""
+    code = "import sys; sys.path.insert(0, 'scripts'); import _root, os; "
+    code += "assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
+    monkeypatch.chdir(files.ROOT)
+    for name, value, said in (
+        ("A", "B", "5000"),
+        ("GOMP_SPINCOUNT", "7", "7"),
+        ("OMP_WAIT_POLICY", "ACTIVE", "None"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert run.stdout.strip() == said, run.stderr
 
 
 def functions(tree):
