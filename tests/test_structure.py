@@ -95,6 +95,8 @@ def test_waiting_threads(monkeypatch):
         ("OMP_WAIT_POLICY", "ACTIVE", "None"),
     ):
         with monkeypatch.context() as patch:
+            for known in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+                patch.delenv(known, raising=False)
             patch.setenv(name, value)
             run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert run.stdout.strip() == said, run.stderr
