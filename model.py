@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lenslet import libraries, stems, weights
 from lenslet.cli import create_parser, parse
 from lenslet.data.prepare import Prepare
-from lenslet.errors import UserError, error_context, nearest, run_main
+from lenslet.errors import UserError, error_context, nearest, one_line, run_main
 
 
 class TutorialCNN(nn.Sequential):
@@ -207,7 +207,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Prepare, dict]:
             fed = header.get("input_size", model.input_size)
             prepare = Prepare(header["mean"], header["std"], fed)
         except (RuntimeError, TypeError, ValueError) as error:
-            reason = weights.one_line(error)
+            reason = one_line(error)
             raise UserError(f"the weights do not fit their header ({reason})") from error
     # Convolutions on a CPU are faster with channels last, and prepare() returns images so.
     return model.eval().to(memory_format=torch.channels_last), prepare, header
@@ -227,8 +227,9 @@ def network_defaults(name: str) -> dict:
         "std": [0.229, 0.224, 0.225],
         "crop": 0.875,
     }
-    foreign = name in NETWORKS or name.startswith("torchvision/")
-    return usual if foreign else usual | libraries.defaults(name)
+    if name in NETWORKS or name.startswith("torchvision/"):  # timm has no configuration of these
+        return usual
+    return usual | libraries.defaults(name)
 
 
 def head_of(network: nn.Module) -> list[str]:

@@ -149,8 +149,8 @@ def config_words(parser: Parser, path: Path) -> list[str]:
 
 
 def stored(options: argparse.Namespace) -> dict:
-    """The options that a run is made of: not where they are read or computed, nor, by the clock,
-    epochs.
+    """The options that a run is made of: without those that say where to read them or which device
+    to use, and without epochs where --time decides.
     """
     others = {"config", "resume", "device"} | ({"epochs"} if options.time else set())
     return {key: value for key, value in vars(options).items() if key not in others}

@@ -42,8 +42,10 @@ def run_main(main, argv=None) -> int:
     """
     if argv is None:  # a command, and not a caller in Python
         sys.stdout, sys.stderr = map(_shown, (sys.stdout, sys.stderr))
-        with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGINT, _interrupt)
+        # A shell has background jobs ignore it, and that stays.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(signal.SIGINT, _interrupt)
     for stream in (sys.stdout, sys.stderr):  # file names need not be UTF-8
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="surrogateescape", line_buffering=True)
@@ -65,7 +67,8 @@ def run_main(main, argv=None) -> int:
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+        short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not short and "can't allocate memory" not in str(error):  # torch's words on a CPU
             raise
         print("error: out of memory: try a smaller batch or image size", file=sys.stderr)
         return 1
@@ -114,6 +117,11 @@ def _drop_output() -> None:
 def counted(count: int, one: str, many: str = "") -> str:
     """How many there are of something: "1 image", "1,234 images"; many: an irregular plural."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def one_line(error, most: int = 200) -> str:
+    """What an error says, in one line of so many characters at most; its type if that is empty."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def nearest(word: str, known) -> str:

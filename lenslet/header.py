@@ -62,7 +62,7 @@ def _or_none(entry):
 
 
 SIZE = _list(_whole(1, 8192), 2, 2)  # pixels
-OPTIONS = {  # those that test.py needs
+OPTIONS = {  # those that test.py reads, where they are there
     "val": _real(0, 1),
     "fold": _or_none(lambda v: type(v) is str and re.fullmatch(r"\d{1,9}/[1-9]\d{,8}", v)),
     "limit": _or_none(_whole(1)),

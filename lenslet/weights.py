@@ -16,7 +16,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from lenslet.errors import UserError, counted
+from lenslet.errors import UserError, counted, one_line
 from lenslet.files import shown
 from lenslet.header import check_header, parse_json
 
@@ -233,8 +233,3 @@ def caution(header: dict) -> str:
     """What a user should know of the file that a header is from, in one line; '' if nothing."""
     old = header["version"] == OLDER
     return f"weights of format {OLDER}: their header has no checksum" if old else ""
-
-
-def one_line(error, most: int = 200) -> str:
-    """What an error says, in one line of so many characters at most."""
-    return " ".join(str(error).split())[:most]

@@ -48,7 +48,7 @@ def main(argv=None):
             folder = sets.ensure(name, args.source)
         data = load(name, ["train", "test"], val=0)
         train, test = (len(data.splits[split]) for split in ("train", "test"))
-        if target:
+        if target:  # with the images apart that training would validate on
             val = options.complete({}, name, recipe_for(name)).val
             export(load(name, ["train", "val", "test"], val=val), target)
         shape = "×".join(map(str, (data.channels, *data.image_size)))

@@ -65,7 +65,7 @@ def main(argv=None) -> int:
     network = model.to(device), prepare.to(device)
     answers = predict(*network, header, files, top, precision, args.max_pixels)
     if args.grid:
-        answers = draw(answers, Path(args.grid))
+        answers = draw(answers, Path(args.grid), args.max_pixels)
     answered = write(answers, args.format, top)
     return 0 if answered == len(files) else 1
 
@@ -123,16 +123,25 @@ def predict(
             yield file, [(header["classes"][k], p) for k, p in zip(*ranked, strict=True)]
 
 
-def draw(answers: Iterable[tuple[str, list]], path: Path) -> Iterator[tuple[str, list]]:
+def draw(
+    answers: Iterable[tuple[str, list]], path: Path, most: int | None
+) -> Iterator[tuple[str, list]]:
     """Pass predict()'s answers on, and then draw the first SHEET images with theirs on one sheet.
 
-    From which image on they are left out is said on standard error.
+    From which image on they are left out is said on standard error.  most: see read_image().
     """
     import torch
 
-    from lenslet.data.decode import read_image
+    from lenslet.data.decode import UnreadableImage, read_image
     from lenslet.files import atomic_write
     from lenslet.grid import draw_grid, encode_png
+
+    def whole(file):
+        try:
+            return torch.from_numpy(read_image(file, 3, most=most)).permute(2, 0, 1)
+        except UnreadableImage as error:  # it was read at a smaller size
+            print(f"{path}: without a picture: {error}", file=sys.stderr)
+            return torch.full((3, 1, 1), 255, dtype=torch.uint8)
 
     files, captions = [], []
     for file, ranked in answers:
@@ -140,8 +149,8 @@ def draw(answers: Iterable[tuple[str, list]], path: Path) -> Iterator[tuple[str,
         files.append(file)
         captions.append("{}\n{:.2%}".format(*ranked[0]))
     if files:  # whole images, read again one by one: all at once may not fit into memory
-        images = (torch.from_numpy(read_image(file, 3)).permute(2, 0, 1) for file in files[:SHEET])
-        atomic_write(path, encode_png(draw_grid(images, captions[:SHEET])))
+        sheet = draw_grid(map(whole, files[:SHEET]), captions[:SHEET])
+        atomic_write(path, encode_png(sheet))
     if len(files) > SHEET:
         some = f"{SHEET} of {counted(len(files), 'image')}"
         print(f"{path}: the first {some}; left out from {files[SHEET]} on", file=sys.stderr)

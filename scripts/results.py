@@ -7,9 +7,9 @@
 results.json holds, for every figure, its single runs with their seeds, dates and commits, the
 command, the versions and the machine; null where it was not recorded.  After a measurement, write
 the new runs into their row (and the width that --time chose) and stamp it: the stamp is the digest
-of the weights after 20 steps of the row's settings, with seed 0 and one thread.  A row is stale if
-these steps give another digest on the same processor, torch and images; --check then ends with
-status 1.
+of the weights after at most 20 steps of the row's settings, with seed 0 and one thread.  A row is
+stale if these steps give another digest on the same processor, torch and images; --check then ends
+with status 1.
 """
 
 import hashlib

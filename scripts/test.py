@@ -54,7 +54,7 @@ def main(argv=None):
 
     # The images: the first process inspects the files of a folder, the others read what it found.
     workers = start.decoding_workers(trained["workers"] if args.workers is None else args.workers)
-    opened = partial(open_split, args, weights, header, workers)
+    opened = partial(open_split, args, weights, header, trained, workers)
     data, split = start.main_process_first(accelerator, opened)
     part = data.splits[split]
     for note in filter(None, [using, caution(header), *data.notes]):
@@ -106,20 +106,20 @@ def create_accelerator(args, header: dict):
         return start.create_accelerator(args.precision, otherwise=trained)
 
 
-def open_split(args, weights: Path, header: dict, workers: int) -> tuple:
+def open_split(args, weights: Path, header: dict, trained: dict, workers: int) -> tuple:
     """The data to measure on, and the split: test, or val where there is none.
 
-    What was said for training holds here too, unless it is said anew.
+    What was said for training (trained) holds here too, unless it is said anew.
     """
     from lenslet.data.layout import find_folder
     from lenslet.data.load import load
     from lenslet.data.sets import is_set
 
-    name, trained = args.data or header["data"], header["options"]
+    name = args.data or header["data"]
     how = {"val": trained["val"], "like": header, "workers": workers}
     how["skip_broken"] = args.skip_broken or trained["skip_broken"]
     if not args.data:
-        how |= {key: trained.get(key) for key in ("fold", "limit")}
+        how |= {key: trained[key] for key in ("fold", "limit")}
     with error_context(f"--data {name}" if args.data else f"the data of {weights}, {name}"):
         if not (args.data or is_set(name) or find_folder(name).is_dir()):
             raise UserError("no such folder; give --data")
@@ -130,7 +130,7 @@ def open_split(args, weights: Path, header: dict, workers: int) -> tuple:
         else:
             raise UserError("no test/ and no val/ images; add a test/ folder")
     if split == "val":
-        validated = (trained["val"] or trained.get("fold")) and trained.get("keep") != "last"
+        validated = (trained["val"] or trained["fold"]) and trained["keep"] != "last"
         why = ", by which the weights were chosen" if validated else ""
         data.notes.append(f"{name} has no test images: these are the validation images{why}")
     return data, split

@@ -79,7 +79,8 @@ def main(argv=None) -> int:
                 # For dropout.  After augment(), which draws from the same generator.
                 seed_step(args.seed, progress.step, accelerator)
 
-                for x, y, last in parts(images, targets, args.accumulate):
+                fewest = batch.size // accelerator.num_processes  # images that a process has
+                for x, y, last in parts(images, targets, args.accumulate, fewest):
                     with net.no_sync(unless=last):  # processes exchange gradients once per step
                         logits = net.model(net.prepare(x))  # [B / parts, classes]
                         loss = objective(logits, y, x)  # summed over the images, not averaged
@@ -122,9 +123,13 @@ def main(argv=None) -> int:
     return run.finish(interrupts)
 
 
-def parts(images, targets, count: int):
-    """Cut a batch into at most `count` parts of 2 or more images: (images, targets, is last)."""
-    count = max(1, min(count, len(images) // 2))
+def parts(images, targets, count: int, fewest: int):
+    """Cut a batch into at most `count` parts of 2 or more images: (images, targets, is last).
+
+    fewest: images of the process that has the fewest.  All processes make as many parts, because
+    synchronized batch norm exchanges statistics in each.
+    """
+    count = max(1, min(count, fewest // 2))
     for k, (x, y) in enumerate(
         zip(images.tensor_split(count), targets.tensor_split(count), strict=True)
     ):

@@ -107,8 +107,8 @@ SURVIVORS = {
 
 OPERATORS = dict(
     zip(
-        "< <= > >= == != + - * / // % ** & | ^ and or min max any all".split(),
-        "<= < >= > != == - + / * / // * | & | or and max min all any".split(),
+        "< <= > >= == != + - * / // % ** & | ^ << >> and or min max any all".split(),
+        "<= < >= > != == - + / * / // * | & | >> << or and max min all any".split(),
         strict=True,
     )
 ) | {"in": "not in", "not in": "in", "is": "is not", "is not": "is"}

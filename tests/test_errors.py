@@ -145,6 +145,17 @@ def test_interrupted_import(tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
+def test_an_ignored_interrupt_stays_ignored():
+    """A background job, which the shell lets ignore Ctrl-C, is not ended by one."""
+    program = (
+        "import os, signal, sys; from lenslet.errors import run_main\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "sys.exit(run_main(lambda argv: os.kill(os.getpid(), signal.SIGINT)))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(files.ROOT)}
+    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 0
+
+
 def test_control_characters_on_a_terminal(tmp_path):
     """A terminal is shown a file name's control characters; a pipe is given the name as it is."""
     name = "a\x1b[2Jb\x9bc.png"

@@ -197,6 +197,20 @@ def test_the_best_epoch_is_kept(pictures, tmp_path):
     assert len(set(digests)) == 6 and digests[best - 1] == header["sha256"]
 
 
+def test_parts_are_as_many_on_every_process():
+    """A batch is cut by what the process with the fewest images can: synchronized batch norm would
+    wait for ever where another one has one part more.
+    """
+    for size, world, accumulate in ((15, 2, 4), (30, 8, 4), (9, 4, 8), (3, 2, 2), (64, 1, 5)):
+        shares = [torch.zeros(len(range(rank, size, world))) for rank in range(world)]
+        cut = [list(train.parts(x, x, accumulate, size // world)) for x in shares]
+        assert len({len(parts) for parts in cut}) == 1
+        assert all(
+            last == (k == len(parts) - 1) for parts in cut for k, (*_, last) in enumerate(parts)
+        )
+        assert all(len(x) > 1 or size < 2 * world for parts in cut for x, *_ in parts)
+
+
 def test_what_is_measured_without_test_images(tmp_path, make_folder, capsys):
     """Validation images are named as such, and as what the weights were chosen by only if so."""
     folder = make_folder(tmp_path / "pictures", {"train": 8, "val": 4})

@@ -182,7 +182,7 @@ class BatchSampler(Sampler):
 
     Batch norm cannot train on one image.  So while training, a batch is shared by only as many
     processes as get `least` images each.  The others repeat images of it, which do not count: every
-    process must take part in every step.  A last batch of fewer is dropped.
+    process must take part in every step.  A last batch of fewer than `least` is dropped.
     """
 
     def __init__(self, count, batch_size, seed=None, rank=0, world=1):

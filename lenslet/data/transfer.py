@@ -1,6 +1,7 @@
 """One file over the network: appended to what there is of it, by a server that may do anything.
 
-`append()` does it, `open_url()` only begins.  Whatever a server sends or does not send, both end.
+`append()` does it, `open_url()` only begins.  Both end, whatever a server sends once it is
+connected.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from lenslet.errors import UserError
+from lenslet.errors import UserError, one_line
 
 LEAST = 1_000  # bytes/s: a slower source is abandoned in any case, as its end may never come
 WINDOW = 10.0  # s over which that speed is measured
@@ -104,13 +105,14 @@ class Watched:
     """
 
     def __init__(self):
-        sockets = self.sockets = []
-        self.closed = False
+        opener, self.sockets, self.closed = self, [], False
 
         def watched(kind):
             def connect(self):
                 kind.connect(self)
-                sockets.append(self.sock)
+                opener.sockets.append(self.sock)
+                if opener.closed:  # the connection took longer than the deadline
+                    raise TimeoutError
 
             return type(kind.__name__, (kind,), {"connect": connect})
 
@@ -174,8 +176,7 @@ def _reason(error: Exception) -> str:
     reason = getattr(error, "reason", error)  # urllib wraps what the socket said
     if isinstance(reason, TimeoutError):
         return "no byte in time"
-    text = " ".join((getattr(reason, "strerror", None) or str(reason)).split())
-    return text[:160] or type(reason).__name__
+    return one_line(getattr(reason, "strerror", None) or reason)
 
 
 def limit(checks: dict) -> int:

@@ -15,7 +15,7 @@ REPLACED = {
     "ACCELERATE_DYNAMO_BACKEND": "--compile",
 }
 UNSET = {"", "1", "no", "none"}  # of those above
-# Launchers that start processes without saying where they meet: a number of them, and a place.
+# Launchers that start processes without saying where they meet: what holds their number, and rank.
 STRANGERS = {
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     "mpirun": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),

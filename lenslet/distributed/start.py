@@ -21,7 +21,7 @@ from torch import distributed
 from lenslet.distributed.interrupts import end_workers, name_lost_processes
 from lenslet.distributed.launchers import check_launcher
 from lenslet.distributed.precision import choose_device, choose_precision
-from lenslet.errors import OutsideError, UserError
+from lenslet.errors import OutsideError, UserError, one_line
 
 
 def start_processes(threads: int | None = None) -> PartialState:
@@ -167,8 +167,7 @@ def create_accelerator(asked: str, otherwise: str = "auto") -> Accelerator:
         plain = DistributedDataParallelKwargs(broadcast_buffers=False)
         return Accelerator(mixed_precision=precision, kwargs_handlers=[plain])
     except (ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"precision {precision}: {reason}; try auto") from error
+        raise UserError(f"precision {precision}: {one_line(error)}; try auto") from error
 
 
 def device_time(device: torch.device) -> float:

@@ -82,7 +82,7 @@ def find_run(args, accelerator: Accelerator) -> Found:
 
     folder, newest, notes = from_main_process(accelerator, find)
     if newest and (said := options.differences(folder, args, options.SAID)):
-        notes.append(f"{said}: the last bits may differ")
+        notes.append(f"{said}: the last bits may differ, and with batch norm more")
     return Found(folder, newest, checkpoint.load_checkpoint(newest) if newest else None, notes)
 
 

@@ -34,14 +34,14 @@ class RunFiles:
         Errors: OutsideError instead, if this was the last chance, and where the folder is gone.
         """
         if not (self.folder / "options.yaml").exists():
-            raise OutsideError(f"{self.folder} was moved or deleted while the run was in it")
+            raise OutsideError(f"{self.folder} was moved or deleted during the run")
         failed = {}
 
         def attempt(what, work):
             try:
                 work()
             except OSError as error:
-                failed[what] = error.strerror
+                failed[what] = error.strerror or str(error)
 
         for path in list(self.pending):
             attempt(path.name, lambda path=path: self._write_pending(path))
@@ -49,7 +49,8 @@ class RunFiles:
         if self.weights is not self._written:
             attempt("the weights", self._write_weights)
         if failed:
-            what = f"{' and '.join(failed)} could not be saved ({', '.join({*failed.values()})})"
+            why = ", ".join(dict.fromkeys(failed.values()))
+            what = f"{' and '.join(failed)} could not be saved ({why})"
             if self.kept and "the weights" not in failed:
                 what += f", but the weights are in {files.shown(self._weights_path)}"
             if last:

@@ -197,7 +197,9 @@ def create_net(args, inputs: Inputs, width: int | None = None) -> Net:
         images = data.batch("train", evenly_spaced(len(data.splits["train"]), few)).images.cpu()
         network.whiten(prepare(images))
     with error_context(f"--batch-size {args.batch_size}"):
-        inputs.notes = fit_batch_norm(network, inputs.train_loader.sampler, inputs.accelerator)
+        inputs.notes = fit_batch_norm(
+            network, inputs.train_loader.sampler, inputs.accelerator, args.accumulate
+        )
     head = head_of(network)
     if inputs.pretrained:
         same = inputs.pretrained_header.get("classes", data.classes) == data.classes

@@ -1,6 +1,6 @@
 """Which of train.py's options do not go together, with each other or with the data."""
 
-from lenslet.errors import UserError
+from lenslet.errors import UserError, counted
 
 MEMORIZED_AFTER = 200  # epochs that --overfit takes at most, unless --epochs says more
 
@@ -65,7 +65,7 @@ def check_with_data(args, data, weights, teacher: dict | None) -> None:
     """
     count = len(data.splits["train"])
     if count < 2:
-        raise UserError(f"--data {args.data}: {count} training images are too few")
+        raise UserError(f"--data {args.data}: {counted(count, 'training image')}, not 2 at least")
     if "val" not in data.splits:
         for option in needing_validation(args):
             raise UserError(f"{option} needs validation images, and --val {args.val} leaves none")
@@ -87,7 +87,8 @@ def cautions(args, counts, steps: int) -> list[str]:
     timed, warmup = args.time or args.plan, args.warmup
     found = {
         f"classes have from {least:,} to {most:,} training images: --class-weights balanced gives "
-        "each class the same weight": most > 3 * least and not args.class_weights,
+        "each class the same weight": most > 3 * least
+        and not (args.class_weights or args.image_weights),
         f"--warmup {warmup} is as long as the run of {steps:,} steps: it takes half of them": (
             not timed and "%" not in warmup and int(warmup) >= steps
         ),

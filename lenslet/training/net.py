@@ -142,11 +142,12 @@ class Net:
 
 
 def fit_batch_norm(
-    network: nn.Module, sampler: BatchSampler, accelerator: Accelerator
+    network: nn.Module, sampler: BatchSampler, accelerator: Accelerator, accumulate: int = 1
 ) -> list[str]:
     """Fit a network's batch norm, and how batches are shared, to each other; notes for the user.
 
-    Where a process has fewer than NORMAL images of a batch, the layers on GPUs take the statistics
+    accumulate: parts that each process computes its images in.  Where a part has fewer than NORMAL
+    images, the layers on GPUs take the statistics
     of all processes together, in place; torch cannot do so on a CPU.  No parameter changes.
     Errors: UserError for a batch of one image, which batch norm cannot train on.
     """
@@ -159,15 +160,16 @@ def fit_batch_norm(
         raise UserError("batch norm needs 2 images or more")
     if sampler.used < sampler.count:
         notes.append("a last batch of one image, on which batch norm cannot train, is left out")
-    if world > 1 and size < NORMAL * world:
+    seen = max(2, size // (world * accumulate))
+    if world > 1 and seen < NORMAL:
         if accelerator.device.type == "cuda":
             from timm.layers import convert_sync_batchnorm  # torch's own drops timm's activations
 
             convert_sync_batchnorm(network)
         else:
             notes.append(
-                f"batch norm sees {max(2, size // world)} images in each of {world} processes and "
-                f"needs {NORMAL} to train well: lower PROCESSES or raise the batch size"
+                f"batch norm sees {seen} images at a time in each of {world} processes and needs "
+                f"{NORMAL} to train well: lower PROCESSES, or raise the batch size"
             )
     return notes
 

@@ -19,8 +19,8 @@ LOSSES = ("cross-entropy", "focal", "bce", "mse")
 AUGMENTATIONS = ("none", "light", "standard", "trivial", "rand")
 OPTIMIZERS = ("sgd", "adam", "adamw", "adabelief", "ranger", "muon")  # the tested ones
 # Options that change no bit of the weights: an interrupted run may go on with other values.
-FREE = {"output", "workers", "device", "log_every", "save_every", "watch"}
-SAID = {"accumulate"}  # changes the last bits only; it may, for where memory was short
+FREE = {"output", "workers", "log_every", "save_every", "watch"}
+SAID = {"accumulate"}  # may change too, as memory may be short: last bits, or batch norm's images
 # What to try when gradients go wrong, by the kinds of watch.judge().
 REMEDIES = {
     "infinite": "lower --lr, or set --clip",
@@ -87,7 +87,9 @@ def build_parser(description: str = "") -> cli.Parser:
     add("--plan", metavar="FILE", help=argparse.SUPPRESS)  # reproduce.py's: a timed run's steps
     help = "images per optimizer step, over all processes"
     add("-b", "--batch-size", metavar="N", type=count, default=64, help=help)
-    help = "compute a batch in N parts of at least 2 images, to save memory; same result"
+    help = (
+        "compute a batch in N parts, to save memory; same result, but batch norm sees a part only"
+    )
     add("--accumulate", metavar="N", type=count, default=1, help=help)
     help = f"{', '.join(OPTIMIZERS)}, or any of timm's; adamw suits most networks"
     add("--optimizer", metavar="NAME", type=str.lower, default="adamw", help=help)
@@ -251,7 +253,7 @@ def advice(args) -> tuple[str, str, str]:
     now = f"--batch-size {args.batch_size} --accumulate {args.accumulate}"
     same, less = 2 * args.accumulate, max(1, args.batch_size // 2)
     return (
-        f"with {now}; try --accumulate {same}, which gives the same result, or --batch-size {less}",
+        f"with {now}; try --accumulate {same}, the same but for batch norm, or --batch-size {less}",
         "leave out --deterministic",
         "If memory was short, try fewer --workers; run the same command to resume",
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lenslet import files, weights
 from lenslet.data import download
-from lenslet.errors import OutsideError, UserError, error_context, nearest
+from lenslet.errors import OutsideError, UserError, error_context, nearest, one_line
 from lenslet.training import pickles
 from lenslet.training.net import is_below
 from model import find_network
@@ -107,7 +107,7 @@ def _from_hub(repository: str) -> Path:
     except queue.Empty:
         why = f"no answer in {PATIENCE:g} s"
     except Exception as error:
-        why = _line(error.__cause__ or error)
+        why = one_line(error.__cause__ or error)
     url = hf_hub_url(repository, "").partition("/resolve/")[0]
     raise OutsideError(f"{url}: {why}; give a file or another URL instead")
 
@@ -146,17 +146,17 @@ def _read_file(path: Path) -> tuple[State, dict]:
     except UserError:
         raise
     except zipfile.BadZipFile as error:
-        raise UserError(f"is cut off or damaged ({_line(error)}); {AGAIN}") from None
+        raise UserError(f"is cut off or damaged ({one_line(error)}); {AGAIN}") from None
     except Exception as error:  # damage takes many forms, KeyError and UnicodeDecodeError too
         if isinstance(error, OSError) and error.filename:
             raise
         if code := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
             raise UserError(
-                f"runs code ({_line(code[1])}) when it is loaded; if you trust it, load it with "
+                f"runs code ({one_line(code[1])}) when it is loaded; if you trust it, load it with "
                 "torch.load(…, weights_only=False) and torch.save() its state_dict alone"
             ) from None
         said = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-        reason = _line(re.split(r"\n|\. ", said)[0] or type(error).__name__)  # torch adds advice
+        reason = one_line(re.split(r"\n|\. ", said)[0] or type(error).__name__)  # torch adds advice
         raise UserError(
             f"cannot be read as weights: cut off, damaged or something else ({reason}); {AGAIN}"
         ) from None
@@ -179,11 +179,11 @@ def _check_tensors(tensors: State, size: int) -> None:
             "complex": value.is_complex(),
         }
         if wrong := [kind for kind, found in kinds.items() if found]:
-            raise UserError(f"{weights.one_line(name, 100)} is {wrong[0]}; save plain tensors")
+            raise UserError(f"{one_line(name, 100)} is {wrong[0]}; save plain tensors")
         bytes_ = value.numel() * value.itemsize
         total += bytes_
         if bytes_ > 4 * size or total > 16 * size:  # names may share a tensor
-            raise UserError(f"{weights.one_line(name, 100)} is larger than the file")
+            raise UserError(f"{one_line(name, 100)} is larger than the file")
     weights.check_finite(tensors)
 
 
@@ -311,13 +311,8 @@ def _adapt(weight: Tensor, channels: int) -> Tensor:
 def _first_three(names: list[str]) -> str:
     """The first three, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return _line(", ".join(names[:3])) + more
+    return one_line(", ".join(names[:3])) + more
 
 
 def _shapes(tensors: State) -> str:
     return _first_three([f"{name} {list(value.shape)}" for name, value in tensors.items()])
-
-
-def _line(error) -> str:
-    """What an error says, in one line of at most 160 characters."""
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -352,7 +352,10 @@ def test_another_accumulate(command, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert call(*command, "--accumulate", "2") == 0
     said = capsys.readouterr().out
-    assert "--accumulate was 1, now 2: the last bits may differ" in said and "resuming" in said
+    assert (
+        "--accumulate was 1, now 2: the last bits may differ, and with batch norm more" in said
+        and "resuming" in said
+    )
     assert not (tmp_path / "run-2").exists()
 
 

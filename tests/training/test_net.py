@@ -362,11 +362,11 @@ def test_the_state_of_another_network():
             distributed().load_state(state)
 
 
-def fitted(network, batch, world, device):
+def fitted(network, batch, world, device, accumulate=1):
     """fit_batch_norm() for an epoch of 65 images: its notes, and the sampler."""
     accelerator = SimpleNamespace(num_processes=world, device=torch.device(device))
     sampler = BatchSampler(65, batch, seed=0, world=world)
-    return net.fit_batch_norm(network, sampler, accelerator), sampler
+    return net.fit_batch_norm(network, sampler, accelerator, accumulate), sampler
 
 
 def test_few_images_for_batch_norm():
@@ -377,7 +377,9 @@ def test_few_images_for_batch_norm():
         assert not any("PROCESSES" in note for note in fitted(tiny(), batch, world, "cpu")[0])
     network = tiny()
     notes, _ = fitted(network, 62, 2, "cpu")
-    assert "31 images in each of 2 processes" in notes[-1] and "PROCESSES" in notes[-1]
+    assert "31 images at a time in each of 2 processes" in notes[-1] and "PROCESSES" in notes[-1]
+    (_, note), _ = fitted(network, 64, 2, "cpu", accumulate=4)
+    assert "8 images at a time" in note
     assert type(network.bn) is nn.BatchNorm2d
     assert fitted(nn.Linear(2, 2), 16, 8, "cpu")[0] == []
 
