@@ -164,13 +164,10 @@ def create_model(
     """
     name = find_network(name)
     size = (size, size) if isinstance(size, int) else tuple(size)
+    network = _construct(name, classes, channels, size, **arguments)
     if name not in NETWORKS:
-        network = libraries.construct(name, classes, channels)
         stems.fit_stem(network, name, channels, size, network_defaults(name)["image_size"])
         return network
-    if name == "fastnet":  # takes any size
-        arguments["size"] = size
-    network = NETWORKS[name](classes, channels, **arguments)
     network.stem_note = ""
     if not hasattr(network, "input_size"):
         network.input_size = size
@@ -179,6 +176,15 @@ def create_model(
             reason = f"cannot take images of {sides} ({error}); give its class an input_size"
             raise UserError(f"model {name} {reason}")
     return network
+
+
+def _construct(name: str, classes: int, channels: int = 3, size=(32, 32), **arguments) -> nn.Module:
+    """A network before its stem is fitted to a size, which changes none of its tensors."""
+    if name not in NETWORKS:
+        return libraries.construct(name, classes, channels)
+    if name == "fastnet":  # takes any size
+        arguments["size"] = size
+    return NETWORKS[name](classes, channels, **arguments)
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, Prepare, dict]:
@@ -200,9 +206,9 @@ def load_model(path: str | Path) -> tuple[nn.Module, Prepare, dict]:
             hint = "to start a training from it: `train.py --pretrained FILE`"
             raise UserError(f"{error}; {hint}") from error
         try:
-            create = partial(create_model, header["model"], **header["model_args"])
-            weights.check_shapes(tensors, create)
-            model = create()
+            name, arguments = find_network(header["model"]), header["model_args"]
+            weights.check_shapes(tensors, partial(_construct, name, **arguments))
+            model = create_model(name, **arguments)
             model.load_state_dict(tensors)
             fed = header.get("input_size", model.input_size)
             prepare = Prepare(header["mean"], header["std"], fed)
@@ -280,8 +286,7 @@ def count_parameters(name: str, classes: int) -> str:
     """The number of a network's parameters, '-' where only real tensors could tell."""
     try:
         with torch.device("meta"):  # shapes without values take no memory and hardly any time
-            create = NETWORKS.get(name) or partial(libraries.construct, name)
-            network = create(classes, channels=3)
+            network = _construct(name, classes)
     except RuntimeError:  # torchvision's RegNets copy values while they are made
         return "-"
     return f"{sum(p.numel() for p in network.parameters()):,}"

@@ -41,6 +41,12 @@ class Parser(argparse.ArgumentParser):
                 word = unknown[0].split("=")[0]
                 hint = nearest(word, self._option_string_actions)
                 self.error(f"unknown option {word}{hint}")
+            for name, value in vars(values).items():
+                if value == "" or (isinstance(value, list) and "" in value):  # an unset variable
+                    option = f"--{name.replace('_', '-')}"
+                    self.error(
+                        f"{option if option in self._option_string_actions else name} is empty"
+                    )
         except UserError as error:
             takes_files = any(not action.option_strings for action in self._actions)
             for word in argv if takes_files else ():
@@ -74,9 +80,6 @@ def explicit(parser: Parser, argv: list[str] | None) -> dict:
     names = [action.dest for action in parser._actions if action.dest != "help"]
     empty = argparse.Namespace(**dict.fromkeys(names, unset))
     values = vars(parser.parse_args(_words(argv), empty))
-    for name, value in values.items():
-        if value == "":  # of a shell variable that is not set, say
-            parser.error(f"--{name.replace('_', '-')} is empty")
     return {name: value for name, value in values.items() if value is not unset}
 
 

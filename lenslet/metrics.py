@@ -33,7 +33,7 @@ def evaluate(
     in_top5 is 0 or 1 (with fewer than 5 classes: among all of them); probability is that of the
     predicted class; loss is the cross-entropy.  Leaves the model in evaluation mode.
 
-    probabilities: of so many classes, from the first on, theirs follow: [N, 6 + probabilities].
+    probabilities: of so many classes, from the first on, as more columns: [N, 6 + probabilities].
     views: of a batch of images, what the network is shown: pairs of weight and images, over which
     the probabilities are averaged; see augment.tta_views().
     Where a batch does not fit into the device's memory, this process goes on with half as many

@@ -48,6 +48,7 @@ from lenslet.data.layout import find_folder
 from lenslet.data.load import choose_data, load
 from lenslet.data.prepare import Prepare
 from lenslet.distributed.determinism import describe_processor, environment
+from lenslet.distributed.precision import choose_device, choose_precision
 from lenslet.distributed.start import cores, create_accelerator, device_time, start_processes
 from lenslet.errors import UserError, error_context, run_main
 from lenslet.metrics import evaluate
@@ -143,8 +144,7 @@ def take_turns(sides: dict, rounds: int) -> dict[str, list[float]]:
 
 def summarize(seconds: dict[str, list[float]]) -> dict:
     """What take_turns() measured, as it is stored: each side's median, and the seconds of each."""
-    found = {f"{side}_seconds": statistics.median(times) for side, times in seconds.items()}
-    return {**found, "rounds": seconds}
+    return {"rounds": seconds} | {f"{k}_seconds": statistics.median(s) for k, s in seconds.items()}
 
 
 def median_ratio(above: list[float], below: list[float]) -> float:
@@ -296,7 +296,7 @@ def describe_machine() -> dict:
     return {
         **describe_processor(),
         "cores": cores(),
-        **environment("auto"),
+        **environment(choose_precision("auto", choose_device().type)),
         "commit": found.stdout.strip() or None,
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -37,6 +37,7 @@ def main(argv=None):
 
     # torch takes a second or two to import, which --help and a misspelt option need not wait for.
     from lenslet.data import sets
+    from lenslet.data.layout import SPLITS
     from lenslet.data.load import load, recipe_for
     from lenslet.training import options
 
@@ -46,14 +47,15 @@ def main(argv=None):
     for name in args.names:
         with error_context(f"--source {args.source}") if args.source else nullcontext():
             folder = sets.ensure(name, args.source)
-        data = load(name, ["train", "test"], val=0)
-        train, test = (len(data.splits[split]) for split in ("train", "test"))
-        if target:  # with the images apart that training would validate on
-            val = options.complete({}, name, recipe_for(name)).val
-            export(load(name, ["train", "val", "test"], val=val), target)
+        # Exported, the images that training would validate on are apart.
+        val = options.complete({}, name, recipe_for(name)).val if target else 0
+        data = load(name, SPLITS, val=val)
+        if target:
+            export(data, target)
+        said = ", ".join(f"{len(data.splits[s])} {s}" for s in SPLITS if s in data.splits)
         shape = "×".join(map(str, (data.channels, *data.image_size)))
         print(
-            f"{name} is in {target or folder}: {train} training and {test} test images of "
+            f"{name} is in {target or folder}: {said} images of "
             f"{shape}, {len(data.classes)} classes; "
             f"next: make train DATA={shlex.quote(str(target or name))}"
         )

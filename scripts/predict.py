@@ -47,8 +47,10 @@ def main(argv=None) -> int:
     from lenslet.weights import caution, describe
     from model import load_model
 
-    if args.grid and not Path(args.grid).parent.is_dir():
-        raise UserError(f"--grid {args.grid}: no such folder; make it first, or name another")
+    if (sheet := args.grid) and not Path(sheet).parent.is_dir():
+        raise UserError(f"--grid {sheet}: no such folder; make it first, or name another")
+    if sheet and (Path(sheet).is_dir() or Path(sheet).suffix.lower() != ".png"):
+        raise UserError(f"--grid {sheet}: name a .png file")
     files, weights = find(args.images), weights_path(args.weights)
     with error_context(f"--device {args.device}"):
         device = choose_device(args.device)
@@ -95,7 +97,7 @@ def predict(
 ) -> Iterator[tuple[str, list]]:
     """(file, its `top` likeliest classes as (name, probability)), in order, a batch at a time.
 
-    What cannot be read, most: see read_image(), is named on standard error and left out.
+    An image that cannot be read is named on standard error and left out.  most: see read_image().
     """
     import torch
 

@@ -2,6 +2,7 @@
 
 import argparse
 
+import predict
 import pytest
 import test as test_script
 
@@ -259,3 +260,6 @@ def test_an_empty_value_is_a_mistake():
     """--data '' of a shell variable that is not set does not mean the default."""
     for name in ("--data", "--resume", "--config", "--image-weights"):
         refuse(lambda name=name: options.parse([name, ""]), f"{name} is empty")
+    for main, name in ((predict.main, "--weights"), (predict.main, "--grid")):
+        refuse(lambda main=main, name=name: main(["a.png", name, ""]), f"{name} is empty")
+    refuse(lambda: predict.main(["a.png", ""]), "images is empty")  # not the working directory

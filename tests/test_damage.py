@@ -5,6 +5,7 @@ import json
 import math
 import random
 
+import conftest
 import pytest
 import torch
 
@@ -14,26 +15,17 @@ from lenslet.errors import UserError
 from lenslet.header import NEEDED, OPTIONS
 from model import create_model, load_model
 
-HEADER = {
+HEADER = conftest.HEADER | {
     "model": "fastnet",
     "model_args": {"classes": 3, "channels": 3, "size": [16, 16], "width": 8},
-    "stem": "",
-    "classes": ["Öl", "日本", "T-shirt/top"],
-    "channels": 3,
     "image_size": [16, 16],
     "crop": 0.875,
     "input_size": [16, 16],
-    "mean": [0.1, 0.2, 1 / 3],
     "std": [0.5, 0.25, 0.5],
-    "data": "photos",
-    "data_sha256": "0" * 64,
-    "epoch": 7,
-    "validation": {"val_accuracy": 0.5},
     "digests": [[10, "0" * 64]],
     "plan": [[0, 0.0, 10]],
     "options": {"val": 0.1, "fold": "1/3", "limit": None, "batch_size": 64, "accumulate": 1}
     | {"workers": 0, "skip_broken": False, "augment": "light", "lr": 1e-3},
-    "versions": {"torch": "2.15"},
     "device": "a CPU",
     "precision": "no",
     "threads": 1,

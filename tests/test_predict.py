@@ -203,15 +203,16 @@ def test_grid_leaves_out_what_has_no_room(run, pictures, tmp_path, capsys, monke
 
 
 def test_grid_that_cannot_be_written(run, pictures, tmp_path, capsys, monkeypatch):
-    """A folder that does not exist is refused before the work; a sheet of nothing is not made."""
+    """What can be no sheet is refused before the work; a sheet of nothing is not made."""
     sheet = tmp_path / "sheet.png"
     (pictures / "test" / "ants" / "1.png").write_bytes(b"")
     broken = [pictures / "test" / "ants" / "1.png", "--weights", run]
     assert run_main(predict.main, [*broken, "--grid", sheet]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1 and not sheet.exists()
-    assert run_main(predict.main, [pictures / "train", "--weights", run, "--grid", tmp_path]) == 1
-    assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
     monkeypatch.setattr(predict, "predict", None)
+    for wrong in (tmp_path, tmp_path / "sheet.jpg"):
+        said = refused(capsys, predict.main, pictures, "--grid", wrong)
+        assert said == f"error: --grid {wrong}: name a .png file"
     said = refused(capsys, predict.main, pictures, "--grid", tmp_path / "gone" / "sheet.png")
     assert said.startswith(f"error: --grid {tmp_path}/gone/sheet.png: no such folder; ")
 

@@ -80,11 +80,16 @@ def _stamp(file: Path) -> list:
 
 
 def _read_store(store: Path) -> dict[str, list]:
-    """full path → [size, mtime, ctime, longer side, grey, SHA-256], see _stamp() and Inspected."""
+    """{full path: [size, mtime, ctime, longer side, grey, sha256]}, see _stamp() and Inspected.
+
+    It only saves time: what cannot be read, or is no such entry, is as good as none.
+    """
     try:
-        return json.loads(store.read_text())
-    except (FileNotFoundError, ValueError):  # it only saves time
+        entries = json.loads(store.read_text()).items()
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
+    kinds = [int, int, int, int, bool, str]
+    return {k: v for k, v in entries if type(v) is list and [*map(type, v)] == kinds}
 
 
 def _decode(files: list[Path], small: int, workers: int):

@@ -4,13 +4,12 @@ import os
 import platform
 import re
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 
-CPUINFO = Path("/proc/cpuinfo")  # Linux only
+from lenslet.distributed.precision import read_cpuinfo
 
 
 def derive(seed: int, *counters: int) -> int:
@@ -45,11 +44,11 @@ def describe_processor() -> dict:
 
     bf16: of avx512_bf16 and amx_bf16 (AMX) those that it has; [] where the system does not say.
     """
-    text = CPUINFO.read_text() if CPUINFO.exists() else ""
+    text = read_cpuinfo()
     named = re.search(r"model name\s*: (.*)", text)
     return {
         "processor": named[1] if named else platform.processor() or platform.machine(),
-        "bf16": [name for name in ("avx512_bf16", "amx_bf16") if f" {name}" in text],
+        "bf16": [name for name in ("avx512_bf16", "amx_bf16") if name in text.split()],
     }
 
 

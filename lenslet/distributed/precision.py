@@ -1,11 +1,13 @@
 """Which device computes, and in which precision: one rule for every command that uses a network."""
 
 import os
+from pathlib import Path
 
 import torch
 
 from lenslet.errors import UserError
 
+CPUINFO = Path("/proc/cpuinfo")
 # What autocast computes in; for fp8, Accelerate too leaves all but its own layers in bf16.
 KINDS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
@@ -29,8 +31,8 @@ def choose_device(asked: str = "auto") -> torch.device:
 
 
 def choose_precision(asked: str, device: str, otherwise: str = "auto") -> str:
-    """'no', 'fp16', 'bf16' or 'fp8': a `no` that was asked for, what `accelerate launch` was given,
-    what else was asked for, the recipe's or the weights' (otherwise), and at last native().
+    """'no', 'fp16', 'bf16' or 'fp8': the first of these that says one.  A `no` in asked; the choice
+    of `accelerate launch`; asked; otherwise (the recipe's, or the weights'); native().
 
     Errors: UserError for fp16 on a CPU, where Accelerate would silently compute in float32.
     """
@@ -57,12 +59,16 @@ def as_trained(precision: str, device: str) -> str:
 
 def cpu_has_bf16() -> bool:
     """Whether the processor multiplies bfloat16 itself: emulated, it is slower than float32."""
+    known = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
+    return not known.isdisjoint(read_cpuinfo().split())
+
+
+def read_cpuinfo() -> str:
+    """What Linux says of the processor; '' elsewhere."""
     try:
-        with open("/proc/cpuinfo") as file:
-            words = set(file.read().split())
+        return CPUINFO.read_text()
     except OSError:
-        return False  # not Linux
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})  # the last one is Arm's
+        return ""
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

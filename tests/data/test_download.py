@@ -659,7 +659,7 @@ def test_digits(capsys):
     assert sorted(np.column_stack([images.flatten(1), labels]).tolist()) == sorted(expected)
     share = parts[1][1].bincount() / labels.bincount()
     assert torch.allclose(share, torch.tensor(0.2), atol=0.005)
-    assert "1437 training and 360 test images of 1×8×8, 10 classes; next: make train " in (
+    assert "1437 train, 360 test images of 1×8×8, 10 classes; next: make train " in (
         capsys.readouterr().out
     )
 

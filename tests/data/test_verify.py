@@ -60,6 +60,22 @@ def test_a_store_without_hashes(tmp_path, make_folder):
     assert inspect_images(files, 64, store, 0).images == {f: inspect_image(f, 64) for f in files}
 
 
+@pytest.mark.parametrize("damage", ["[]", "5", "{0: 1}", "[" * 100_000, None, [1], "folder"])
+def test_a_store_that_is_none(tmp_path, make_folder, damage):
+    """Whatever is in the store, or in an entry, the images are inspected: it only saves time."""
+    files = sorted(make_folder(tmp_path / "p", {"train": 2}, size=(70, 66)).rglob("*.png"))
+    store = tmp_path / "data" / "inspected.json"
+    found = inspect_images(files, 64, store, 0).images
+    if damage == "folder":
+        store.unlink()
+        store.mkdir()
+    elif isinstance(damage, str):
+        store.write_text(damage)
+    else:
+        store.write_text(json.dumps(dict.fromkeys(json.loads(store.read_text()), damage)))
+    assert inspect_images(files, 64, store, 0).images == found
+
+
 def test_small_images_share_an_array(tmp_path, make_folder):
     """Small images of one shape lie in one array, a grey one among colours too; others do not."""
     root = make_folder(tmp_path / "p", {"train": 3})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lenslet.distributed import determinism
+from lenslet.distributed import determinism, precision
 from lenslet.distributed.determinism import seed_step, uniform
 
 
@@ -82,7 +82,7 @@ def test_device(cpuinfo, expected, tmp_path, monkeypatch):
     """Without a GPU, the device is the processor's model and its units for bf16, AMX among them;
     where the system has no list of those, what Python knows.
     """
-    monkeypatch.setattr(determinism, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(precision, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(determinism.platform, "processor", lambda: "arm 8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "X")

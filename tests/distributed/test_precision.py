@@ -96,7 +96,7 @@ def test_choose_precision(monkeypatch, asked, given, device, native, chosen):
 def test_cpu_has_bf16(monkeypatch, tmp_path, flags, native):
     """The processor's own flags say whether it multiplies bfloat16; no such file says no."""
     (tmp_path / "cpuinfo").write_text(f"processor : 0\n\n{flags}\n")
-    monkeypatch.setattr(precision, "open", lambda _: (tmp_path / "cpuinfo").open(), raising=False)
+    monkeypatch.setattr(precision, "CPUINFO", tmp_path / "cpuinfo")
     assert precision.cpu_has_bf16() is native
     (tmp_path / "cpuinfo").unlink()
     assert precision.cpu_has_bf16() is False

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import OrderedDict
 
+import conftest
 import pytest
 import timm
 import torch
@@ -22,18 +23,13 @@ from lenslet import errors, weights
 from lenslet.errors import OutsideError, UserError
 from lenslet.training import pretrained
 
-HEADER = {
-    "model": "lenet",
+HEADER = conftest.HEADER | {
     "model_args": {"classes": 2, "channels": 3},
     "classes": ["a", "b"],
-    "channels": 3,
-    "image_size": [32, 32],
-    "crop": 1.0,
     "mean": [0.5] * 3,
     "std": [0.25] * 3,
     "data": "letters",
     "epoch": 1,
-    "options": {},
 }
 
 
