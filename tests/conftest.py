@@ -3,6 +3,7 @@
 import ast
 import inspect
 import os
+import signal
 import textwrap
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from lenslet import files
 # as long, and two processes test at a time.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# A shell's background jobs ignore Ctrl-C, and would hand that down to the commands under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # A header that weights may have: of lenet, for three classes.
