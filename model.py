@@ -84,9 +84,10 @@ class FastNet(nn.Module):
     After airbench94 (Jordan 2024, arXiv:2404.00498), itself after Page's ResNet ("How to train your
     ResNet", 2018): a convolution that whitens 2×2 patches, three blocks of two convolutions that
     halve the image, identities as first weights where possible, batch norm without scale, a global
-    max-pool, and logits divided by 9.  Deviations: ReLU in place of GELU, as accurate here and a
-    quarter faster on a CPU; batch norm's momentum 0.4 and usual epsilon; widths in the ratio 1:4:8
-    rather than 1:4:4; images of any size from 16×16.
+    max-pool, and logits divided by 9.  Deviations: the whitening's bias stays 0, where theirs
+    learns for three epochs; ReLU in place of GELU, as accurate here and faster on a CPU; batch
+    norm's momentum 0.4 and usual epsilon; widths in the ratio 1:4:8 rather than 1:4:4; images of
+    any size from 16×16.
 
     width is the number of channels of the first block.  Call whiten() once, before training.
     """
@@ -96,7 +97,9 @@ class FastNet(nn.Module):
         self.input_size = tuple(max(16, side) for side in size)  # smaller ones are enlarged
         filters = 2 * channels * 2 * 2  # each direction in a 2×2 patch, and its negative
         self.whitening = nn.Conv2d(channels, filters, 2)
-        self.whitening.weight.requires_grad = False  # whiten() computes it; only the bias learns
+        # whiten() computes it.  Nothing in it learns, so the first block, whose images are the
+        # largest, needs no gradient of its input: a tenth more steps in the same time.
+        self.whitening.requires_grad_(False)
         widths = [filters, width, 4 * width, 8 * width]
         self.blocks = nn.Sequential(*map(FastBlock, widths[:-1], widths[1:]))
         self.head = nn.Linear(widths[-1], classes, bias=False)
