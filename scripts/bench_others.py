@@ -95,6 +95,9 @@ def tutorial(data: str, epochs: int, seed: int) -> dict:
     return curve[-1] | {"curve": curve}
 
 
+BATCH = 1024  # of airbench94
+
+
 class Airbench94(nn.Sequential):
     """The network of airbench94: images [N, C, 32, 32] -> logits [N, classes].
 
@@ -155,7 +158,7 @@ def airbench94(data: str, epochs: float, seed: int) -> dict:
 
     network = Airbench94(classes, normalized(some))
     network.to(device, memory_format=torch.channels_last).train()
-    batch = min(1024, len(images))
+    batch = min(BATCH, len(images))
     total = math.ceil(len(images) // batch * epochs)
     optimizer, lookahead = Optimizer(network, batch, total), Lookahead(network, total)
     mirrored, step = torch.rand(len(images), device=device) < 0.5, 0
