@@ -60,6 +60,7 @@ from lenslet.training.optimizers import create_optimizer
 from model import create_model
 
 STEPS = {"fastnet": (256, 10), "resnet18": (128, 4)}  # of `step`: the batch, and how many
+MANY = 2000  # images of `predict`
 
 
 def run_python(*words) -> None:
@@ -255,7 +256,7 @@ def predict(args) -> dict:
     samples = sorted(run.glob("samples/*.png"))
     if not samples:
         raise UserError(f"{run} has no samples: run `make test` first")
-    many = samples * (2000 // len(samples))
+    many = samples * (MANY // len(samples))
     words = [files.ROOT / "scripts/predict.py", "--weights", run]
     sides = {
         "import_torch": lambda: run_python("-c", "import torch"),
