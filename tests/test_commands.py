@@ -446,7 +446,7 @@ def test_two_processes_end_well_ten_times(clone):
 
 @pytest.mark.slow
 def test_bench(clone, make_folder):
-    """Each part runs with processes of its own, as test_bench.py checks without; so does `clock`."""
+    """Every part runs in real processes, which test_bench.py does without; so does `clock`."""
     small = make_folder(clone / "small", {"train": 20, "test": 5}, size=(32, 32))
     photos = make_folder(clone / "photos", {"train": 5}, size=(300, 400), suffix=".jpg")
     words = f"--data {small} --photos {photos} --epochs 1 --rounds 1 --times 1s --airbench-epochs 1"
