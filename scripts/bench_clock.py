@@ -38,7 +38,10 @@ def measure(
     about = {"machine": machine, "data": data}
     if path.exists():
         with error_context(f"{files.shown(path)}: move it away to begin anew"):
-            stored = json.loads(path.read_text())
+            try:
+                stored = json.loads(path.read_text())
+            except ValueError as error:
+                raise UserError(f"not JSON ({error})") from error
             if any(stored.get(key) != value for key, value in about.items()):
                 raise UserError("it is of another machine, versions or images")
         runs = stored["runs"]

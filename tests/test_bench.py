@@ -175,9 +175,10 @@ def test_clock_goes_on(in_process, make_folder, tmp_path, monkeypatch, capsys):
     bench.main(words)  # nothing is left to do
     assert "best: " in capsys.readouterr().out
     stored["machine"]["processor"] = "another"
-    (tmp_path / "clock.json").write_text(json.dumps(stored))
-    with pytest.raises(UserError, match=r"clock\.json: move it away"):
-        bench.main(words)
+    for text in (json.dumps(stored), "{"):
+        (tmp_path / "clock.json").write_text(text)
+        with pytest.raises(UserError, match=r"clock\.json: move it away"):
+            bench.main(words)
 
 
 def test_clock_table():
