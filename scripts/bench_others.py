@@ -250,13 +250,11 @@ def moved(images: Tensor, mirrored: Tensor) -> Tensor:
     Each image is mirrored in every other epoch, beginning with a random one: the caller's doing.
     """
     images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-    padded, device = F.pad(images, (2, 2, 2, 2), "reflect"), images.device
-    rows, columns = torch.randint(5, (2, len(images), 1), device=device) + torch.arange(
-        32, device=device
-    )
-    each = torch.arange(len(images), device=device)[:, None, None]
+    padded = F.pad(images, (2, 2, 2, 2), "reflect")
+    each, side = (torch.arange(n, device=images.device) for n in (len(images), 32))
+    rows, columns = torch.randint(5, (2, len(images), 1), device=images.device) + side
     # The sliced dimension comes last: [B, 32, 32, C], which is channels_last once it is moved.
-    return padded[each, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    return padded[each[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
 def six_views(images: Tensor) -> list[tuple[float, Tensor]]:
