@@ -15,13 +15,11 @@ with status 1.
 import hashlib
 import io
 import json
-import multiprocessing
 import re
 import shlex
 import statistics
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -29,6 +27,7 @@ import _root  # noqa: F401
 from lenslet import files
 from lenslet.cli import create_parser, parse
 from lenslet.errors import OutsideError, UserError, nearest, run_main
+from lenslet.runs.launch import run_apart
 from lenslet.training import options
 
 
@@ -145,10 +144,9 @@ def stamp(row: dict) -> dict:
     batch = choose_options(options.parse(words)).batch_size
     words += ["--epochs", 2, "--limit", 10 * batch]  # twice ten steps, so that small sets do too
     words += ["--seed", 0, "--threads", 1, "--keep", "last", "--no-resume", "--output"]
-    context = multiprocessing.get_context("spawn")  # each training in a fresh process
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, context) as process:
+    with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
-        if status := process.submit(train_aside, [*words, run]).result():
+        if status := run_apart(train_aside, [*words, run]):
             raise OutsideError(f"{row['title']}: training ended with status {status}")
         header = read_header(run / "model.safetensors")
     found = {key: header[key] for key in ("data_sha256", "device")}

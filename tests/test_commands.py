@@ -446,23 +446,22 @@ def test_two_processes_end_well_ten_times(clone):
 
 @pytest.mark.slow
 def test_bench(clone, make_folder):
-    """Each comparison runs, prints its figures, and says what they were measured on."""
-    small = make_folder(clone / "small", {"train": 260, "test": 5}, size=(32, 32))
+    """Every part runs in real processes, which test_bench.py does without; so does `clock`."""
+    small = make_folder(clone / "small", {"train": 20, "test": 5}, size=(32, 32))
     photos = make_folder(clone / "photos", {"train": 5}, size=(300, 400), suffix=".jpg")
-    words = f"--data {small} --photos {photos} --epochs 1 --rounds 1 --times 1s 2s"
+    words = f"--data {small} --photos {photos} --epochs 1 --rounds 1 --times 1s --airbench-epochs 1"
     said = shell(f"make bench ARGS='{words}'", clone)
     found = json.loads((clone / "runs" / "bench.json").read_text())
-    assert set(found) == {"machine", "data", "command", "tutorial_over_recipe", *bench.PARTS}
-    assert found["machine"].keys() >= {"bf16", "cores", "versions", "commit", "date"}
+    parts = {*bench.PARTS} - {"clock"}
+    assert set(found) == {"machine", "data", "command", "tutorial_over_recipe"} | parts
     assert found["command"].startswith(f"scripts/bench.py --data {small}")
-    assert found["tutorial"]["times_faster"] > 0
-    assert found["step"]["fastnet"]["step_over_bare"] > 0
-    rounds = found["step"]["fastnet"]["rounds"]
-    assert {side: len(seconds) for side, seconds in rounds.items()} == dict.fromkeys(rounds, 1)
-    assert list(found["accuracy"]) == ["1s", "2s"]
-    assert found["photos"]["largest_mean_difference"] < 1  # grey level, from torchvision's pixels
-    assert found["predict"]["images_per_second"] > 0
-    assert "step_over_bare: " in said and found["machine"]["processor"] in said
+    assert found["tutorial"]["times_faster"]["ratio"] > 0
+    assert "step_over_bare: {ratio: " in said and found["machine"]["processor"] in said
+    latest = (clone / "runs" / "latest").resolve()
+    words = f"clock --data {small} --widths 8 --times 1s --seeds 0"
+    shell(f".venv/bin/python scripts/bench.py {words}", clone)
+    assert len(json.loads((clone / "results" / "clock.json").read_text())["runs"]) == 1
+    assert (clone / "runs" / "latest").resolve() == latest
 
 
 @pytest.mark.slow

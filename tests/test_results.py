@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -136,23 +134,17 @@ def test_encode():
     }
 
 
-class Here(ThreadPoolExecutor):
+def run_here(work, words):
     """A process of its own is three seconds slower, and does not see the folders of a test."""
-
-    def __init__(self, *_):
-        super().__init__(1)
-
-    def submit(self, work, words):
-        AcceleratorState._reset_state(True)
-        self.result = partial(work, words)
-        return self
+    AcceleratorState._reset_state(True)
+    return work(words)
 
 
 def test_stamp_and_check(one_row, monkeypatch, capsys):
     """A stamped row is up to date while 20 steps of its settings give the same weights; where other
     code gives others it is stale, with status 1.
     """
-    monkeypatch.setattr(results, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(results, "run_apart", run_here)
     runs = files.RUNS
     assert run_main(results.main, ["--check"]) == 0
     assert (
