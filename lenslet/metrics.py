@@ -26,6 +26,7 @@ def evaluate(
     interrupts: Interrupts | None = None,
     views=lambda images: [(1.0, images)],
     probabilities: int = 0,
+    only: Tensor | None = None,
 ) -> Tensor | None:
     """One row per image of a split, float64 [N, 6] as COLUMNS says, in the split's order.
 
@@ -36,6 +37,7 @@ def evaluate(
     probabilities: of so many classes, from the first on, as more columns: [N, 6 + probabilities].
     views: of a batch of images, what the network is shown: pairs of weight and images, over which
     the probabilities are averaged; see augment.tta_views().
+    only: bool [N], the images to evaluate; the rows are theirs alone.
     Where a batch does not fit into the device's memory, this process goes on with half as many
     images at a time, and says so on standard error.
     Returns None where a signal, which `interrupts` waits for, asks any process to stop.
@@ -47,9 +49,12 @@ def evaluate(
     for batch in on_device(loader, accelerator.device):
         if interrupts and interrupts.asked:
             break
-        done = 0
-        while done < len(batch.labels):
-            images, labels, index = (x[done : done + most] for x in batch[:3])
+        shown, done = batch[:3], 0
+        if only is not None:
+            chosen = only.to(accelerator.device)[batch.index]
+            shown = [x[chosen] for x in shown]
+        while done < len(shown[1]):
+            images, labels, index = (x[done : done + most] for x in shown)
             try:
                 with accelerator.autocast():
                     logs = [
@@ -74,7 +79,8 @@ def evaluate(
     rows = accelerator.gather(rows).cpu().double()
     rows = rows[rows[:, 0] >= 0]
     rows = rows[rows[:, 0].argsort()]
-    assert torch.equal(rows[:, 0], torch.arange(count).double()), f"{len(rows)} rows of {count}"
+    expected = torch.arange(count) if only is None else only.cpu().nonzero()[:, 0]
+    assert torch.equal(rows[:, 0], expected.double()), f"{len(rows)} rows of {len(expected)}"
     return rows
 
 

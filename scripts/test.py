@@ -16,6 +16,11 @@ import _root  # noqa: F401
 from lenslet import cli, files
 from lenslet.errors import UserError, error_context, run_main
 
+# --tta averages where the answer's probability is below this.  fastnet after a minute, 2,500
+# validation images of CIFAR-10: 83.1 % plain, 84.3 % averaged, and 84.3 % with these 38 % of them
+# averaged, which takes 3.3 passes in place of 7.  Of the others' answers one would have changed.
+UNSURE = 0.6
+
 
 def build_parser() -> cli.Parser:
     parser = cli.create_parser(__doc__)
@@ -25,7 +30,7 @@ def build_parser() -> cli.Parser:
     help = "images at a time, over all processes (default: four times what was trained with)"
     add("-b", "--batch-size", metavar="N", type=cli.number(int, 1), help=help)
     add("--output", metavar="DIR", help="folder of report/ and samples/ (default: the weights')")
-    help = "also average over shifted and mirrored copies, as far as training made such"
+    help = "also average unsure answers over shifted and mirrored copies, if training made such"
     add("--tta", action="store_true", help=help)
     cli.add_running_options(parser, cli.add_device_options)
     return parser
@@ -38,7 +43,7 @@ def main(argv=None):
     from lenslet.analysis.report import LEGIBLE, write_report, write_samples
     from lenslet.data.augment import tta_views
     from lenslet.distributed import start
-    from lenslet.metrics import evaluate, evaluation_batch, figures
+    from lenslet.metrics import COLUMNS, evaluate, evaluation_batch, figures
     from lenslet.runs.folder import weights_path
     from lenslet.training import options
     from lenslet.weights import caution, describe
@@ -64,7 +69,7 @@ def main(argv=None):
     output = Path(args.output) if args.output else weights.parent
     start.from_main_process(accelerator, partial(make_folders, output))
 
-    # One pass over them, and with --tta a second one.
+    # One pass over them, and with --tta another over those with unsure answers.
     rank, world = accelerator.process_index, accelerator.num_processes
     batch_size = args.batch_size or evaluation_batch(
         trained["batch_size"], trained["accumulate"], world, part.in_memory
@@ -75,8 +80,10 @@ def main(argv=None):
     result = figures(rows, len(data.classes))
     if args.tta:
         views = partial(tta_views, kind=trained["augment"], decoded=not part.in_memory)
-        averaged = evaluate(model, loader, prepare, accelerator, views=views)
-        result["tta"] = figures(averaged, len(data.classes))
+        unsure = rows[:, COLUMNS.index("probability")] < UNSURE
+        averaged = rows[:, : len(COLUMNS)].clone()
+        averaged[unsure] = evaluate(model, loader, prepare, accelerator, views=views, only=unsure)
+        result["tta"] = figures(averaged, len(data.classes)) | {"averaged": unsure.sum().item()}
 
     # The report.
     if accelerator.is_main_process:
@@ -142,7 +149,8 @@ def tell(result: dict, classes: list[str], split: str) -> str:
 
     lines = [figures_table(result, classes), summary(result, split)]
     if "tta" in result:
-        lines.append(summary(result["tta"], "averaged over shifted and mirrored copies (--tta):"))
+        copies = f"{result['tta']['averaged']} unsure answers averaged over copies (--tta):"
+        lines.append(summary(result["tta"], copies))
     return "\n".join(filter(None, [*lines, most_confused(result, classes)]))
 
 

@@ -197,7 +197,7 @@ def test_figures_follow_from_the_rows(done):
 
 
 def test_tta(letters, tmp_path):
-    """--tta averages the answers to the image, shifted up and down, and to all three mirrored.
+    """--tta averages unsure answers: to the image, shifted up and down, and to all three mirrored.
 
     The network was not shown mirrored images, and answers otherwise to them: it is only said to be.
     """
@@ -215,7 +215,10 @@ def test_tta(letters, tmp_path):
         sum(w * probabilities(letters.run, x[:, :, ::way].copy()) for w, x in shown)
         for way in (1, -1)
     )
-    mean = (plain + mirrored) / 2
+    mean, alone = (plain + mirrored) / 2, probabilities(letters.run, images)
+    unsure = alone.amax(1, keepdim=True) < measure.UNSURE
+    assert 0 < unsure.sum() == found["averaged"] < len(labels)
+    mean = torch.where(unsure, mean, alone)
     assert found["loss"] == pytest.approx(F.nll_loss(mean.log(), labels).item(), abs=1e-4)
 
     def apart(answers):

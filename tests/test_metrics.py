@@ -182,6 +182,18 @@ def test_views_are_averaged():
     assert np.allclose(rows, expected, atol=1e-5)
 
 
+def test_only_some_images():
+    """Of these alone there are rows, and the network is shown no others."""
+    data, model = noise(9, 4), Stub(4)
+    loader, only = data.loader("test", 4), torch.zeros(9, dtype=torch.bool)
+    only[[1, 3, 8]] = True  # none of the second batch
+    seen, accelerator = [], Accelerator(cpu=True)
+    views = lambda images: seen.append(len(images)) or [(1.0, images)]  # noqa: E731
+    rows = evaluate(model, loader, PREPARE, accelerator, views=views, only=only)
+    assert torch.equal(rows, evaluate(model, loader, PREPARE, accelerator)[only])
+    assert sum(seen) == 3
+
+
 def test_losses_are_exact_in_bf16():
     """The network computes in the precision of the run; its losses are taken in float32."""
     data, model = noise(9, 4), Stub(4)

@@ -258,7 +258,7 @@ def test_what_tensorboard_shows(pictures, tmp_path):
 
 
 def test_tta_is_reported_beside_the_plain_figure(pictures, tmp_path, capsys):
-    """--tta changes no plain figure, and averages what training may have shown, by hand."""
+    """--tta changes no plain figure, and averages unsure answers, as by hand."""
     run = tmp_path / "run"
     fit(pictures, run, "--augment", "standard")
     words = ["--weights", run / "model.safetensors", "--workers", "0", "--precision", "no"]
@@ -280,6 +280,10 @@ def test_tta_is_reported_beside_the_plain_figure(pictures, tmp_path, capsys):
             for share, whole in shown
             for view in (whole, whole.flip(3))
         )
+        alone = network(prepare(images)).softmax(1)
+    unsure = alone.amax(1, keepdim=True) < measure.UNSURE
+    mean = torch.where(unsure, mean, alone)
+    assert tta["averaged"] == unsure.sum()
     assert tta["loss"] == pytest.approx(F.nll_loss(mean.log(), labels).item(), rel=1e-4)
     assert tta["top1"] == pytest.approx((mean.argmax(1) == labels).double().mean().item())
     assert "--tta" in capsys.readouterr().out
