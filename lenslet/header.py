@@ -74,7 +74,13 @@ OPTIONS = {  # those that test.py reads, where they are there
 }
 NEEDED = {
     "model": _text(100),
-    "model_args": _dict(classes=_whole(1), channels=_whole(1), size=SIZE, width=_whole(1, 4096)),
+    "model_args": _dict(
+        classes=_whole(1),
+        channels=_whole(1),
+        size=SIZE,
+        width=_whole(1, 4096),
+        activation=lambda v: v in ("relu", "silu"),
+    ),
     "classes": lambda v: _list(_text(1000), 1)(v) and len(set(v)) == len(v),
     "channels": lambda v: type(v) is int and v in (1, 3),
     "image_size": SIZE,

@@ -35,24 +35,23 @@ def evaluate(
     predicted class; loss is the cross-entropy.  Leaves the model in evaluation mode.
 
     probabilities: of so many classes, from the first on, as more columns: [N, 6 + probabilities].
-    views: of a batch of images, what the network is shown: pairs of weight and images, over which
-    the probabilities are averaged; see augment.tta_views().
-    only: bool [N], the images to evaluate; the rows are theirs alone.
+    views: of images, pairs of weight and images that the network is shown instead, over which the
+    probabilities are averaged; see augment.tta_views().
+    only: bool [N], on the CPU: the images to evaluate; the rows are theirs alone.
     Where a batch does not fit into the device's memory, this process goes on with half as many
     images at a time, and says so on standard error.
     Returns None where a signal, which `interrupts` waits for, asks any process to stop.
     Errors: UnreadableImage for a file gone or damaged; OutOfMemoryError where not one image fits.
     """
     model.eval()
-    count = most = len(loader.dataset)  # most: images at a time
+    most = len(loader.dataset)  # images at a time
     parts = [torch.empty(0, len(COLUMNS) + probabilities, device=accelerator.device)]
     for batch in on_device(loader, accelerator.device):
         if interrupts and interrupts.asked:
             break
         shown, done = batch[:3], 0
         if only is not None:
-            chosen = only.to(accelerator.device)[batch.index]
-            shown = [x[chosen] for x in shown]
+            shown = [x[only[batch.index.cpu()]] for x in shown]
         while done < len(shown[1]):
             images, labels, index = (x[done : done + most] for x in shown)
             try:
@@ -68,20 +67,25 @@ def evaluate(
                 if len(labels) == 1:
                     raise
                 most = (len(labels) + 1) // 2
-    if most < count:
+    if most < len(loader.dataset):
         print(f"out of memory: measured {counted(most, 'image')} at a time", file=sys.stderr)
     if interrupts:
         interrupts.agree(wait=True)
         if interrupts.stop:
             return None
+    rows = _gather(torch.cat(parts), accelerator)
+    wanted = torch.arange(len(loader.dataset)) if only is None else only.nonzero()[:, 0]
+    assert torch.equal(rows[:, 0], wanted.double()), f"{len(rows)} rows of {len(wanted)}"
+    return rows
+
+
+def _gather(rows: Tensor, accelerator: Accelerator) -> Tensor:
+    """The rows of all processes, float64 [N, …], sorted by the first column, which is an index."""
     # Processes may have different numbers of rows; what pads them has the index -1.
-    rows = accelerator.pad_across_processes(torch.cat(parts), pad_index=-1)
+    rows = accelerator.pad_across_processes(rows, pad_index=-1)
     rows = accelerator.gather(rows).cpu().double()
     rows = rows[rows[:, 0] >= 0]
-    rows = rows[rows[:, 0].argsort()]
-    expected = torch.arange(count) if only is None else only.cpu().nonzero()[:, 0]
-    assert torch.equal(rows[:, 0], expected.double()), f"{len(rows)} rows of {len(expected)}"
-    return rows
+    return rows[rows[:, 0].argsort()]
 
 
 def _rows(logs: Tensor, labels: Tensor, index: Tensor, probabilities: int) -> Tensor:

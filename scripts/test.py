@@ -43,7 +43,7 @@ def main(argv=None):
     from lenslet.analysis.report import LEGIBLE, write_report, write_samples
     from lenslet.data.augment import tta_views
     from lenslet.distributed import start
-    from lenslet.metrics import COLUMNS, evaluate, evaluation_batch, figures
+    from lenslet.metrics import evaluate, evaluation_batch, figures
     from lenslet.runs.folder import weights_path
     from lenslet.training import options
     from lenslet.weights import caution, describe
@@ -80,10 +80,8 @@ def main(argv=None):
     result = figures(rows, len(data.classes))
     if args.tta:
         views = partial(tta_views, kind=trained["augment"], decoded=not part.in_memory)
-        unsure = rows[:, COLUMNS.index("probability")] < UNSURE
-        averaged = rows[:, : len(COLUMNS)].clone()
-        averaged[unsure] = evaluate(model, loader, prepare, accelerator, views=views, only=unsure)
-        result["tta"] = figures(averaged, len(data.classes)) | {"averaged": unsure.sum().item()}
+        again = partial(evaluate, model, loader, prepare, accelerator, views=views)
+        result["tta"] = average_unsure(rows, again, len(data.classes))
 
     # The report.
     if accelerator.is_main_process:
@@ -141,6 +139,16 @@ def open_split(args, weights: Path, header: dict, trained: dict, workers: int) -
         why = ", by which the weights were chosen" if validated else ""
         data.notes.append(f"{name} has no test images: these are the validation images{why}")
     return data, split
+
+
+def average_unsure(rows, evaluate_again, classes: int) -> dict:
+    """The figures with unsure answers averaged over views, by evaluate_again(only=…)."""
+    from lenslet.metrics import COLUMNS, figures
+
+    averaged = rows[:, : len(COLUMNS)].clone()
+    unsure = averaged[:, COLUMNS.index("probability")] < UNSURE
+    averaged[unsure] = evaluate_again(only=unsure)
+    return figures(averaged, classes) | {"averaged": unsure.sum().item()}
 
 
 def tell(result: dict, classes: list[str], split: str) -> str:

@@ -132,6 +132,8 @@ def damaged(whole):
         yield f"options: {entry}", forged(options={entry: [1]})
     for key, value in (("width", 10**9), ("width", True), ("width", 4096), ("size", [10**6] * 2)):
         yield f"{key} {value}", forged(model_args=HEADER["model_args"] | {key: value})
+    for value in ("gelu", "", 1, ["relu"]):
+        yield f"activation {value}", forged(model_args=HEADER["model_args"] | {"activation": value})
     for key, value in (("classes", 4), ("classes", 10**12), ("channels", 1), ("depth", 2)):
         yield f"{key} {value}", forged(model_args=HEADER["model_args"] | {key: value})
     yield "a class twice", forged(classes=["a", "a", "b"])

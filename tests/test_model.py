@@ -16,7 +16,7 @@ import model
 from lenslet import files, weights
 from lenslet.errors import UserError, run_main
 from lenslet.header import NEEDED
-from model import create_model, load_model
+from model import ACTIVATIONS, create_model, load_model
 
 NAMES = [
     "mobilenetv3_small_100",
@@ -311,11 +311,18 @@ def test_fastnet_begins_with_identities():
             assert torch.equal(conv(images)[:, : conv.in_channels], images)
 
 
-def test_fastnet_logits():
-    """They are a linear layer's of each map's largest value, divided by 9."""
-    network, images = create_model("fastnet", 10, width=8).eval(), torch.rand(2, 3, 32, 32)
-    maps = network.blocks(F.relu(network.whitening(images)))
-    torch.testing.assert_close(network(images), maps.amax((2, 3)) @ network.head.weight.T / 9)
+@pytest.mark.parametrize("name", [None, *ACTIVATIONS])
+def test_fastnet_logits(name):
+    """They are a linear layer's of each map's largest value, divided by 9; an older file, which
+    does not say its activation, has ReLU.
+    """
+    given, activation = ({"activation": name} if name else {}), ACTIVATIONS[name or "relu"]
+    network, x = create_model("fastnet", 10, width=8, **given).eval(), torch.rand(2, 3, 32, 32)
+    maps = activation(network.whitening(x))
+    for block in network.blocks:
+        maps = activation(block.norm1(F.max_pool2d(block.conv1(maps), 2)))
+        maps = activation(block.norm2(block.conv2(maps)))
+    torch.testing.assert_close(network(x), maps.amax((2, 3)) @ network.head.weight.T / 9)
 
 
 @pytest.mark.parametrize("side", [16, 28, 32, 64])

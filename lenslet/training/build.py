@@ -25,7 +25,7 @@ from lenslet.training.clock import Plan, choose_width, measure_speed
 from lenslet.training.net import Freezer, Net, fit_batch_norm
 from lenslet.training.optimizers import create_optimizer
 from lenslet.weights import read_header
-from model import create_model, find_network, head_of, load_model, network_defaults
+from model import NEWEST, create_model, find_network, head_of, load_model, network_defaults
 
 
 @dataclass
@@ -173,21 +173,32 @@ def choose_statistics(args, data: Data, known: dict) -> list[list[float]]:
     return chosen
 
 
-def create_net(args, inputs: Inputs, width: int | None = None) -> Net:
-    """The network with its first weights, and its optimizer.
-
-    width: of fastnet; None: as --width or the pretrained weights say.
-    Errors: UserError where the network, the weights or the frozen layers do not fit.
+def _network_arguments(args, inputs: Inputs, width: int | None = None) -> dict:
+    """What create_model() is given beside the name: as in the weights to repeat or to start from,
+    so that they fit, else NEWEST; the width as create_net() says.
     """
-    data = inputs.data
-    arguments = {
+    data, known = inputs.data, inputs.planned or inputs.pretrained_header
+    if known.get("model") == args.model:
+        arguments = known["model_args"]
+    else:
+        arguments = NEWEST.get(args.model, {})
+    arguments = arguments | {
         "classes": len(data.classes),
         "channels": data.channels,
         "size": (args.image_size,) * 2 if args.image_size else data.image_size,
     }
-    width = width or args.width or inputs.pretrained_header.get("model_args", {}).get("width")
-    if width:
+    if width := width or args.width:
         arguments["width"] = width
+    return arguments
+
+
+def create_net(args, inputs: Inputs, width: int | None = None) -> Net:
+    """The network with its first weights, and its optimizer.
+
+    width: of fastnet; None: as --width or the weights to repeat or to start from say.
+    Errors: UserError where the network, the weights or the frozen layers do not fit.
+    """
+    data, arguments = inputs.data, _network_arguments(args, inputs, width)
     torch.manual_seed(args.seed)
     network = create_model(args.model, **arguments)
     network.arguments = arguments
@@ -224,7 +235,7 @@ def create_plan(args, inputs: Inputs, net: Net, saved: dict | None) -> tuple[Pla
     accelerator, began = inputs.accelerator, time.perf_counter()
     width = net.bare.arguments.get("width")
     if planned := inputs.planned:  # a timed run's steps, whatever the clock says now
-        plan, width = Plan(planned["plan"]), planned["model_args"].get("width")
+        plan = Plan(planned["plan"])
     elif args.time:
         plan = Plan.by_clock(parse_duration(args.time))
     else:

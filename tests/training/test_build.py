@@ -58,3 +58,25 @@ def test_the_steps_of_a_network_under_its_old_name(tmp_path):
     assert build._read_planned(SimpleNamespace(plan=path, model="legacy_xception"))["plan"]
     with pytest.raises(UserError, match="is of xception, not of lenet"):
         build._read_planned(SimpleNamespace(plan=path, model="lenet"))
+
+
+def test_new_networks_and_those_of_weights():
+    """A new fastnet is the newest kind; one that starts from weights, or repeats their steps, is
+    of their kind and width, but for --width.
+    """
+
+    def arguments(pretrained=None, planned=None, model="fastnet", **given):
+        data = SimpleNamespace(classes=["a", "b"], channels=1, image_size=(20, 30))
+        inputs = SimpleNamespace(data=data, pretrained_header=pretrained or {}, planned=planned)
+        args = SimpleNamespace(**{"model": model, "image_size": None, "width": None} | given)
+        found = build._network_arguments(args, inputs)
+        assert {"classes": 2, "channels": 1, "size": (20, 30)}.items() <= found.items()
+        return {key: found[key] for key in found if key in ("width", "activation")}
+
+    old = {"model": "fastnet", "model_args": {"classes": 3, "size": [8, 8], "width": 24}}
+    assert arguments() == {"activation": "silu"}
+    assert arguments(width=8) == {"activation": "silu", "width": 8}
+    assert arguments(pretrained=old) == arguments(planned=old) == {"width": 24}
+    assert arguments(pretrained=old, width=8) == {"width": 8}
+    assert arguments(pretrained=old | {"model": "lenet"}) == {"activation": "silu"}
+    assert arguments(model="lenet") == {}
