@@ -35,7 +35,7 @@ def main(argv=None) -> int:
     add("--format", choices=["text", "csv", "json"], default="text", help="of the answers")
     help = f"also draw the first {SHEET} images with their answers on one sheet"
     add("--grid", metavar="FILE.png", help=help)
-    help = "read files of up to N pixels (default: all that take at most 1 GiB when decoded)"
+    help = "read files of up to N pixels (default: all that take at most 1 GiB, and 10 s)"
     add("--max-pixels", type=number(int, 1), metavar="N", help=help)
     add_device_options(add)
     args = parse(parser, argv)

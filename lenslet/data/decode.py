@@ -30,6 +30,7 @@ GIB = 2**30  # bytes that decoding an image may take
 STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
 DECODING = {"GIF": 1, "WEBP": 16, "AVIF": 16, "JPEG2000": 21}
 DECODING |= {"bmp_rle": 2, "ppm": 8, "ppm_plain": 8}  # where Pillow's decoder is in Python
+SLOW = {"JPEG2000": 2 * 10**7}  # pixels that take 10 s to decode at worst
 STRIP = 2**20  # pixels that are converted at a time
 # Pillow refuses twice as many: more than any image of a GiB has, so that _check_memory() decides.
 Image.MAX_IMAGE_PIXELS = GIB // 2
@@ -164,7 +165,7 @@ def _is_turned(image: Image.Image) -> bool:
 
 
 def _check_memory(image, full, most=None, turned=False, whole=False) -> None:
-    """Refuse an image that takes more than 1 GiB to read, or has more than `most` pixels.
+    """Refuse an image that takes more than 1 GiB or 10 s to read, or has more than `most` pixels.
 
     It is not decoded yet.  full: width and height before any reduced decoding.  turned: see
     _is_turned().  whole: the result is not a resized part of it.
@@ -174,6 +175,8 @@ def _check_memory(image, full, most=None, turned=False, whole=False) -> None:
         if full[0] * full[1] > most:
             raise ValueError(f"{shape}, more than {most}")
         return
+    if pixels > SLOW.get(image.format, pixels):
+        raise ValueError(f"{shape}; takes more than 10 s to decode")
     stored = STORED.get(image.mode, 4)
     decoding = max(DECODING.get(key, 0) for key in (image.format, *(t[0] for t in image.tile)))
     converted = (1 if image.mode == "RGB" else 4) + whole * 6  # as Pillow hands it to NumPy: twice

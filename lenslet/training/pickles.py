@@ -40,7 +40,9 @@ def read(path: Path) -> dict[str, Tensor]:
     # timm's own checkpoints hold their options as a Namespace, which does nothing.
     with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
         warnings.simplefilter("ignore")  # an error says it all
-        return _largest_state(torch.load(path, map_location=check, weights_only=True))
+        state = _largest_state(torch.load(path, map_location=check, weights_only=True))
+    _check_count(len(state))  # any number of them may share one storage
+    return state
 
 
 def _check_count(count: int) -> None:

@@ -310,6 +310,20 @@ def test_memory_by_the_header(tmp_path, width, colour, reason):
             read()
 
 
+def test_slow_formats(tmp_path, monkeypatch):
+    """A JPEG 2000 that would take more than 10 s to decode is refused, unless asked for."""
+    assert decode.SLOW["JPEG2000"] == 2 * 10**7  # at 2 million pixels a second
+    monkeypatch.setitem(decode.SLOW, "JPEG2000", 40 * 50)
+    largest, larger = tmp_path / "largest.jp2", tmp_path / "larger.jp2"
+    save(largest, smooth(40, 50))
+    save(larger, smooth(40, 51))
+    assert read_image(largest, 3).shape == (40, 50, 3)
+    for read in (lambda: read_image(larger, 3, (8, 8)), lambda: inspect_image(larger, 64)):
+        with pytest.raises(UnreadableImage, match="51×40 pixels; takes more than 10 s to decode"):
+            read()
+    assert read_image(larger, 3, None, most=40 * 51).shape == (40, 51, 3)
+
+
 def test_memory_after_reduced_decoding(tmp_path, monkeypatch):
     """A JPEG counts as large as it is decoded; a progressive one with all its coefficients; turned
     ones twice.

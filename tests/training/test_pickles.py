@@ -192,11 +192,12 @@ def test_types_are_kept(read):
 
 
 def test_too_many(read, monkeypatch):
-    """More tensors than any network has are refused before they are read, in both formats."""
+    """More tensors than any network has are refused, in both formats, also those of one storage."""
     monkeypatch.setattr(pretrained.pickles, "MOST", 20)
-    tree = {str(i): torch.ones(1) for i in range(30)}
-    for legacy in (False, True):
-        assert "which no network has" in read(saved(tree, legacy))
+    one = torch.ones(30)
+    for tree in ({str(i): torch.ones(1) for i in range(30)}, {str(i): one[i] for i in range(30)}):
+        for legacy in (False, True):
+            assert "which no network has" in read(saved(tree, legacy))
 
 
 def test_no_checksums(read):
