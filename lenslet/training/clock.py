@@ -14,8 +14,10 @@ from lenslet.distributed.start import device_time
 FIRST = 2  # steps before the first look at the clock: they warm up caches and libraries
 # fastnet's widths, and how many epochs a run must have time for with each.
 # Measured on CIFAR-10, validation accuracy by width and epochs, at about equal times of two cores:
-#    60 s:  24 x 2.6 82.8 %, 32 x 2.4 84.0 %
+#    60 s:  24 x 2.6 82.8 %, 32 x 2.4 84.0 %  (with AMX and ReLU, as the next line)
 #   255 s:  32 x 12 87.7 %, 48 x 6.0 88.6 %
+#   270 s:  32 x 8.7 88.8 %, 48 x 4.2 88.4 %  (without AMX, as now)
+# `scripts/bench.py clock` measures more of it.
 # Images of 24 pixels in the first half of the steps, which leaves time for 5 epochs instead of 4 or
 # 15 instead of 12, gave 85.8 instead of 86.0 % and 87.6 instead of 87.7 %: so images have their
 # full size from the first epoch on.
