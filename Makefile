@@ -49,7 +49,7 @@ TENSORBOARD = import os, sys; from tensorboard import main; from tensorboard.bac
     (folder, [os.path.join(folder, file) for file in files]) for folder, _, files in os.walk(top)); \
   sys.exit(main.run_main())
 
-.PHONY: help setup data train test predict tensorboard reproduce folds bench results check check-all mutants clean
+.PHONY: help setup data train test predict tensorboard reproduce folds bench results check check-all mutants clean clean-cache
 
 help:
 	@echo 'make setup                     make $(VENV) and install what the commands need'
@@ -67,6 +67,7 @@ help:
 	@echo 'make results                   draw the plot of the README, and compare its tables with results/   [ARGS=]'
 	@echo 'make check                     unit tests of this code (ruff + pytest); check-all: the slow ones too'
 	@echo 'make mutants                   do the tests notice 320 small changes of the code?   [ARGS=]'
+	@echo 'make clean-cache               remove the photographs that were decoded once and kept, see data/cache'
 	@echo 'make clean                     remove the environment and caches, but no data and no run'
 
 setup: $(VENV)/.ready
@@ -122,3 +123,6 @@ mutants: $(VENV)/.ready-dev
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache __pycache__ */__pycache__ */*/__pycache__
+
+clean-cache:
+	rm -rf data/cache

@@ -92,8 +92,9 @@ class FastNet(nn.Module):
     momentum 0.4 and usual epsilon; widths in the ratio 1:4:8 rather than 1:4:4; images of any size
     from 16×16.
 
-    width is the number of channels of the first block; activation a key of ACTIVATIONS.  Call
-    whiten() once, before training.
+    width is the number of channels of the first block; activation a key of ACTIVATIONS; patch 2,
+    or 4 for photographs: the whitened patches' side, two steps apart.  Call whiten() once, before
+    training.
     """
 
     def __init__(
@@ -103,11 +104,14 @@ class FastNet(nn.Module):
         size: tuple[int, int] = (32, 32),
         width: int = 32,
         activation: str = "relu",
+        patch: int = 2,
     ):
         super().__init__()
         self.input_size = tuple(max(16, side) for side in size)  # smaller ones are enlarged
-        filters = 2 * channels * 2 * 2  # each direction in a 2×2 patch, and its negative
-        self.whitening = nn.Conv2d(channels, filters, 2)
+        # The directions in which patches vary most, and their negatives: of 2×2 patches all there
+        # are, of 4×4 patches half.
+        filters = 2 * channels * 2 * patch
+        self.whitening = nn.Conv2d(channels, filters, patch, stride=patch // 2)
         # whiten() computes it.  Nothing in it learns, so the first block, whose images are the
         # largest, needs no gradient of its input: a tenth more steps in the same time.
         self.whitening.requires_grad_(False)
@@ -130,9 +134,12 @@ class FastNet(nn.Module):
         of the patches' covariance over the roots of their eigenvalues, as in the papers above, and
         their negatives, because the activation cuts most of one half away.
         """
-        patches = F.unfold(images.double(), 2)  # [N, 4 channels, patches of an image]
-        patches = patches.transpose(1, 2).flatten(0, 1)  # [patches, 4 channels]
+        sides, stride = self.whitening.kernel_size, self.whitening.stride
+        patches = F.unfold(images.double(), sides, stride=stride)  # [N, values, patches of one]
+        patches = patches.transpose(1, 2).flatten(0, 1)  # [patches, values of one]
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        most = self.whitening.out_channels // 2
+        values, vectors = values[-most:], vectors[:, -most:]
         # 5e-4: directions with hardly any variance are noise, and must not be amplified.
         filters = (vectors / (values + 5e-4).sqrt()).T.reshape(-1, *self.whitening.weight.shape[1:])
         self.whitening.weight.copy_(torch.cat([filters, -filters]))

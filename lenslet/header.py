@@ -80,6 +80,7 @@ NEEDED = {
         size=SIZE,
         width=_whole(1, 4096),
         activation=lambda v: v in ("relu", "silu"),
+        patch=lambda v: v in (2, 4),
     ),
     "classes": lambda v: _list(_text(1000), 1)(v) and len(set(v)) == len(v),
     "channels": lambda v: type(v) is int and v in (1, 3),

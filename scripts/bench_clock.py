@@ -22,7 +22,7 @@ from lenslet.data.load import load
 from lenslet.errors import OutsideError, UserError, error_context
 from lenslet.runs.launch import run_apart
 from lenslet.training import options
-from lenslet.training.build import choose_options
+from lenslet.training.decide import choose_options
 
 
 def measure(

@@ -42,7 +42,7 @@ def main(argv=None) -> int:
     # These import torch, which takes a second.
     from lenslet.runs.folder import newest_finished
     from lenslet.runs.launch import run_training
-    from lenslet.training.build import choose_options
+    from lenslet.training.decide import choose_options
 
     wanted = choose_options(given | {"fold": f"1/{args.folds}"})
     run_name = options.run_name(wanted).rpartition("-fold-")[0]

@@ -137,7 +137,7 @@ def words_of(row: dict) -> list[str]:
 
 def stamp(row: dict) -> dict:
     """What 20 steps of a row's settings give with this code on this machine."""
-    from lenslet.training.build import choose_options
+    from lenslet.training.decide import choose_options
     from lenslet.weights import read_header
 
     words = words_of(row)

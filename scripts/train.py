@@ -27,9 +27,11 @@ def main(argv=None) -> int:
 
     from lenslet.distributed.determinism import seed_step
     from lenslet.distributed.interrupts import Interrupts
+    from lenslet.runs.folder import unfinished
     from lenslet.runs.run import Run, find_run
     from lenslet.runs.summary import image_grid
     from lenslet.training import build
+    from lenslet.training.decide import begin, decide
     from lenslet.training.meter import Meter, explain_errors
     from lenslet.training.optimizers import l1_penalty
     from lenslet.training.schedules import Schedule
@@ -37,10 +39,12 @@ def main(argv=None) -> int:
     # Joins the other processes, if there are any.  From here on every process runs all of this, on
     # its own part of every batch; only the main one (rank 0) writes files and prints.  What was not
     # given comes from the recipe of the data set.
-    args, accelerator = build.begin(given)
+    args, accelerator = begin(given)
+    # Of photographs, the network and more; an unfinished run with the same options has decided.
+    decision = decide(args, accelerator, [] if args.resume is False else unfinished(args.output))
 
     # ---- data and network.  What does not fit ends here, before a run folder is made
-    inputs = build.read_inputs(args, accelerator)
+    inputs = build.read_inputs(args, accelerator, decision)
     # net.model is what a step calls, net.bare the same without wrappers, net.evaluated the one that
     # is validated and kept: its moving average (--ema), or the same again.
     net = build.create_net(args, inputs)

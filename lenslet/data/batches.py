@@ -6,10 +6,11 @@
     for batch in on_device(loader, device):
         batch.images, batch.labels                      # uint8 [B, C, H, W], int64 [B]
 
-Small images are kept in memory; photographs stay files, which worker processes decode.  Both come
-from the same DataLoader.  Nothing random depends on a worker, a process or a global generator: it
-is a function of the seed, the epoch and the image's index, so a run that is resumed, or that runs
-on other machines, sees the same images.  Normalising and augmenting come later, on the device.
+Small images are kept in memory, and so are photographs that fit, a little larger than they are read
+at; else they stay files, which worker processes decode.  All come from the same DataLoader.
+Nothing random depends on a worker, a process or a global generator: it is a function of the seed,
+the epoch and the image's index, so a run that is resumed, or that runs on other machines, sees the
+same images.  Normalising and augmenting come later, on the device.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lenslet.data.augment import AUGMENTATIONS
+from lenslet.data.crop import central_boxes, crop, random_boxes
 from lenslet.data.decode import UnreadableImage, read_image
 from lenslet.distributed.determinism import epoch_generator, uniform
 from lenslet.distributed.interrupts import ignore_signals
@@ -51,6 +53,9 @@ class Split:
     labels: Tensor  # int64 [N], 0..classes-1
     names: list[str]  # N file names below the data folder, or indices in the set's own order
     rows: Tensor | None = None  # int64 [N]: which of the M in memory are its own; None: all
+    # float [N], width / height, of whole photographs in memory, squeezed to one size, which are
+    # cropped when they are read; else None.
+    aspects: Tensor | None = None
 
     def __post_init__(self):
         if self.in_memory and self.rows is None:
@@ -62,6 +67,11 @@ class Split:
     @property
     def in_memory(self) -> bool:
         return isinstance(self.images, Tensor)
+
+    @property
+    def is_cropped(self) -> bool:
+        """Whether images are cropped when they are read: photographs, unless read for good."""
+        return not self.in_memory or self.aspects is not None
 
     def pixels(self, index: Tensor) -> Tensor:
         """Images in memory, uint8 [B, C, H, W].  index int64 [B], 0..N-1."""
@@ -80,6 +90,7 @@ class Data:
     splits: dict[str, Split]
     sha256: str  # of the sources, or of a folder's file names and contents
     notes: list[str] = field(default_factory=list)  # what the user should know, a line each
+    seconds: float = 0.0  # that photographs took to be decoded into memory
 
     def to(self, device: torch.device) -> None:
         """Move small images to a GPU where they take less than half of its free memory.
@@ -95,6 +106,8 @@ class Data:
                 if key in moved:
                     split.images = moved[key]
                     split.labels, split.rows = split.labels.to(device), split.rows.to(device)
+                    if split.aspects is not None:
+                        split.aspects = split.aspects.to(device)
 
     def loader(
         self, split, batch_size, *, seed=None, augment="none", workers=0, rank=0, world=1
@@ -154,20 +167,32 @@ class ImageBatches(Dataset):
         """These images of the split.  Errors: UnreadableImage for a file gone or damaged."""
         # Where the images are, which may be the GPU: indexing there copies nothing.
         index = torch.tensor(indices).to(self.split.labels.device, non_blocking=True)
-        if self.split.in_memory:
-            images = self.split.pixels(index)
+        draws = None
+        if self.crop_seed is not None and self.split.is_cropped:
+            draws = uniform(self.crop_seed, epoch, index, 4)
+        if not self.split.in_memory:
+            images = self._decode(indices, draws)
+        elif self.split.is_cropped:
+            images = self._crop(index, draws)
         else:
-            images = self._decode(epoch, indices, index)
+            images = self.split.pixels(index)
         return Batch(images, self.split.labels[index], index, size, loss_factor)
 
-    def _decode(self, epoch: int, indices: list[int], index: Tensor) -> Tensor:
+    def _crop(self, index: Tensor, draws: Tensor | None) -> Tensor:
+        """Photographs in memory as uint8 [B, C, H, W]; draws float [B, 4], or None: the centre."""
+        _, (height, width), share = self.reading
+        aspects = self.split.aspects[index]
+        if draws is None:
+            boxes = central_boxes(aspects, width / height, share)
+        else:
+            boxes = random_boxes(aspects, draws, width / height)
+        return crop(self.split.pixels(index), boxes, (height, width))
+
+    def _decode(self, indices: list[int], draws: Tensor | None) -> Tensor:
         """Photographs as uint8 [B, C, H, W], cropped here, where all their pixels still are."""
-        draws = [None] * len(indices)
-        if self.crop_seed is not None:
-            draws = uniform(self.crop_seed, epoch, index, 4).tolist()
         pixels = [
-            read_image(self.split.images[i], *self.reading, draw)
-            for i, draw in zip(indices, draws, strict=True)
+            read_image(self.split.images[i], *self.reading, None if draws is None else draws[k])
+            for k, i in enumerate(indices)
         ]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
+from lenslet.data.crop import random_boxes
 from lenslet.errors import CONTROLS, OutsideError
 
 # Named, so that a file's content can never start an interpreter (Pillow's EPS reader does).
@@ -59,22 +62,28 @@ def longer_side(path: Path) -> int:
         return 0
 
 
+def aspect_ratio(path: str | Path) -> float:
+    """Width / height of an upright image, by the head of its file.  Errors: UnreadableImage."""
+    with _open(path) as image:
+        width, height = _upright_size(image)
+        return width / height
+
+
 def read_image(
     path: str | Path,
     channels: int,
     size: tuple[int, int] | None = None,
-    crop: float = 1.0,
-    draws: list[float] | None = None,
+    crop: float | None = 1.0,
+    draws: Tensor | None = None,
     most: int | None = None,
 ) -> np.ndarray:
     """One image file as uint8 [H, W, C], C = channels (1 grey, 3 RGB), values 0..255.
 
     Upright by its EXIF orientation, transparency composited on white, 16-bit samples scaled to 8,
     the first frame of an animation.  size (height, width): the box of that shape, centred, with
-    `crop` of the largest possible side, resized (bilinear, anti-aliased); None: the whole image.
-    draws, four numbers in 0..1, choose a random box instead (Inception-style crop, Szegedy et al.
-    2014, arXiv:1409.4842): 25 to 100 % of the area, sides 3:4 to 4:3; a box that would not fit is
-    cut to fit instead of being drawn again.
+    `crop` of the largest possible side, resized (bilinear, anti-aliased); crop None: the whole
+    image, squeezed to the size.  size None: the whole image as it is.
+    draws, float [4] in 0..1, choose a random box instead, see crop.random_boxes().
     most: pixels of a file to be read, however much memory they take; None: those that take 1 GiB.
 
     Errors: UnreadableImage.
@@ -197,6 +206,8 @@ def _check_memory(image, full, most=None, turned=False, whole=False) -> None:
 def _choose_box(upright, size, crop, draws) -> tuple[float, float, float, float]:
     """The part of an image to keep: left, upper, right, lower, in its pixels."""
     width, height = upright
+    if crop is None:
+        return 0.0, 0.0, width, height
     if draws is None:
         # The whole pixels that torchvision's Resize and CenterCrop would cut, in one step instead.
         fit = max(size[1] / width, size[0] / height) / crop
@@ -205,12 +216,8 @@ def _choose_box(upright, size, crop, draws) -> tuple[float, float, float, float]
         upper = round((resized[1] - size[0]) / 2) * height / resized[1]
         box_width, box_height = size[1] * width / resized[0], size[0] * height / resized[1]
     else:
-        area, shape, across, down = draws
-        area = (0.25 + 0.75 * area) * width * height
-        aspect = (4 / 3) ** (2 * shape - 1) * size[1] / size[0]
-        box_width = min(width, math.sqrt(area * aspect))
-        box_height = min(height, math.sqrt(area / aspect))
-        left, upper = across * (width - box_width), down * (height - box_height)
+        box = random_boxes(torch.tensor([width / height]), draws[None], size[1] / size[0])[0]
+        left, upper, box_width, box_height = (box * torch.tensor([width, height] * 2)).tolist()
     return left, upper, left + box_width, upper + box_height
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections import Counter
 from itertools import chain, compress
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 import lenslet.files
 from lenslet.data import sets
 from lenslet.data.batches import SMALL, Data, Split, evenly_spaced
+from lenslet.data.cache import decode_all, margin
 from lenslet.data.decode import Inspected, longer_side, read_image
 from lenslet.data.layout import Listing, find_folder, list_folder
 from lenslet.data.split import subset, validation_mask
@@ -70,6 +72,7 @@ def load(
     crop: float = 0.875,
     skip_broken: bool = False,
     workers: int = 0,
+    in_memory: bool = False,
 ) -> Data:
     """Open a data set by name or folder; only the wanted ones of train, val and test are read.
 
@@ -78,7 +81,7 @@ def load(
     val of its own for.  limit: so many training images and at most so many validation images, of
     all classes in their proportion.  like: the header of trained weights, whose classes and way of
     reading are taken over.  photo_size, crop: how photographs are read otherwise; small images keep
-    their own size.
+    their own size.  in_memory: photographs to train and validate on are decoded once, see cache.py.
 
     A split that the set does not have, or that is empty, is missing from the result.
     Errors: UserError for an unknown name, a folder without the layout, broken images, classes that
@@ -112,6 +115,10 @@ def load(
     data.sha256 = _digest(data.splits, inspection)
     if max(image.side for image in images) <= SMALL and max(data.image_size) <= SMALL:
         _keep_in_memory(data, files, inspection)
+    elif in_memory:
+        began = time.perf_counter()
+        _keep_photographs(data, workers)
+        data.seconds = time.perf_counter() - began
     return data
 
 
@@ -200,6 +207,19 @@ def _keep_in_memory(data: Data, files: list[Path], inspection: Inspection) -> No
     for split in data.splits.values():
         split.rows = torch.tensor([place[file] for file in split.images])
         split.images = stacked
+
+
+def _keep_photographs(data: Data, workers: int) -> None:
+    """Replace the files to train on by whole images, squeezed, with a margin for random crops, and
+    those to validate on by what predict.py reads of them.
+    """
+    for name, split in data.splits.items():
+        size, crop = data.image_size, data.crop
+        if name == "train":
+            size, crop = margin(size), None
+        images, aspects = decode_all(split.images, data.channels, size, crop, workers)
+        split.images, split.rows = images, torch.arange(len(split))
+        split.aspects = aspects if name == "train" else None
 
 
 def _digest(splits: dict[str, Split], inspection: Inspection) -> str:

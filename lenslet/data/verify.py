@@ -31,7 +31,7 @@ def inspect_images(files: list[Path], small: int, store: Path, workers: int) -> 
     What was found of photographs is kept in the file `store`: they are read again only after they
     have changed.
     """
-    stamps, known = {file: _stamp(file) for file in files}, _read_store(store)
+    stamps, known = {file: stamp(file) for file in files}, _read_store(store)
     images = {
         file: Inspected(*known[path][3:], None)
         for file, (path, *state) in stamps.items()
@@ -66,7 +66,7 @@ def inspect_images(files: list[Path], small: int, store: Path, workers: int) -> 
     return Inspection(images, broken, array if alike else None)
 
 
-def _stamp(file: Path) -> list:
+def stamp(file: Path) -> list:
     """What changes when a file does: [full path, size, mtime, ctime], the times in nanoseconds.
 
     Only ctime changes where two files of the same size and mtime exchange their names.
@@ -80,7 +80,7 @@ def _stamp(file: Path) -> list:
 
 
 def _read_store(store: Path) -> dict[str, list]:
-    """{full path: [size, mtime, ctime, longer side, grey, sha256]}, see _stamp() and Inspected.
+    """{full path: [size, mtime, ctime, longer side, grey, sha256]}, see stamp() and Inspected.
 
     It only saves time: what cannot be read, or is no such entry, is as good as none.
     """

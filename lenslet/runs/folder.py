@@ -117,6 +117,14 @@ def numbered(folder: str | Path) -> list[Path]:
     return [run for n in sorted(numbers) if (run := _run(folder, n)).is_dir()]
 
 
+def unfinished(folder: str | None) -> list[Path]:
+    """The unfinished runs of this name, or of any (None), the newest first."""
+    runs = numbered(folder) if folder else files.RUNS.glob("*")
+    begun = {run: run / "options.yaml" for run in runs if not run.is_symlink()}
+    found = [run for run in begun if begun[run].is_file() and not is_finished(run)]
+    return sorted(found, key=lambda run: begun[run].stat().st_mtime, reverse=True)
+
+
 def _run(folder: str | Path, number: int) -> Path:
     return Path(folder) if number == 1 else Path(f"{folder}-{number}")
 

@@ -158,6 +158,7 @@ class Run:
             device, began = self._accelerator.device, self._began
             spent = from_main_process(self._accelerator, lambda: device_time(device) - began)
             self._plan.note_time(progress.step, spent)
+            self._bar.set_postfix_str(f"{summary.span(self._left())} left", refresh=False)
         ends = progress.batch == len(self._inputs.train_loader)
         return ends or progress.step == self._plan.total
 
@@ -194,12 +195,19 @@ class Run:
 
     def _show(self, loss: float, epoch_ends: bool) -> None:
         """The running loss: in the bar or, off a terminal, in a line every half minute."""
-        self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        left = f"{summary.span(self._left())} left"
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {left}", refresh=False)
         now = time.perf_counter()
         if self._main and self._bar.disable and not epoch_ends and now - self._said > 30:
             self._said, at = now, f"epoch {self.progress.epoch + 1}{self._of_epochs}"
             done = f"{self.progress.batch} of {len(self._inputs.train_loader)} batches"
-            print(f"{at}: {done}, loss {loss:.4f}")
+            print(f"{at}: {done}, loss {loss:.4f}, {left}")
+
+    def _left(self) -> float:
+        """Seconds that the plan still takes, at the speed so far."""
+        progress = self.progress
+        steps = 0 if progress.ended else self._plan.total - progress.step
+        return steps * progress.seconds / progress.step
 
     def _give_up(self, loss: float, step: int, meter: Meter) -> None:
         """End a run whose loss is not finite since step `step`."""
@@ -235,8 +243,7 @@ class Run:
         self.save(net, meter, last=bool(progress.ended) or progress.step == self._plan.total)
         if self._main:
             point_latest(self.folder)
-        steps = 0 if progress.ended else self._plan.total - progress.step
-        left = steps * progress.seconds / progress.step
+        left = self._left()
         line = summary.epoch_line(record, self._of_epochs, left, args.metric, meter.objective)
         best = "  best" if better and validated is not None and args.keep != "last" else ""
         if best or not left or summary.is_told(record, self._plan.total):

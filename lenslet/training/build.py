@@ -3,7 +3,6 @@
 import math
 import time
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -13,15 +12,16 @@ from tqdm import tqdm
 
 from lenslet.cli import parse_duration, stored
 from lenslet.data.augment import Augment
-from lenslet.data.batches import Data, evenly_spaced, on_device
-from lenslet.data.load import RECIPES, choose_data, load, recipe_for
+from lenslet.data.batches import SMALL, Data, evenly_spaced, on_device
+from lenslet.data.load import load
 from lenslet.data.prepare import Prepare, channel_statistics
 from lenslet.distributed import start
-from lenslet.distributed.determinism import compute_deterministically
 from lenslet.errors import UserError, error_context
 from lenslet.metrics import evaluation_batch
 from lenslet.training import checks, losses, options, pretrained
-from lenslet.training.clock import Plan, choose_width, measure_speed
+from lenslet.training.clock import WIDTHS, Plan, choose, measure_speed
+from lenslet.training.decide import Decision
+from lenslet.training.head import fit_head
 from lenslet.training.net import Freezer, Net, fit_batch_norm
 from lenslet.training.optimizers import create_optimizer
 from lenslet.weights import read_header
@@ -45,40 +45,10 @@ class Inputs:
     planned: dict | None  # header of the weights whose steps --plan repeats
     sha256: dict[str, str | None]  # of all these: a run does not go on with others
     notes: list[str] = field(default_factory=list)  # what pretrained weights fitted, a line each
+    spent: float = 0.0  # seconds of the training's time that were spent before it
 
 
-def choose_options(given: dict, on_main=lambda work: work()):
-    """All options of a training, with its data set and recipe.
-
-    given: as options.parse() returns it.  on_main: has the main process alone do some work.
-    Errors: UserError for options that do not go together, before any download.
-    """
-    name, recipe = given.get("data"), None
-    with error_context(f"--data {name}"):
-        if options.needs_recipe(given):
-            recipe = on_main(lambda: recipe_for(name or "cifar10"))
-    args = options.complete(given, name or "cifar10", recipe)
-    with error_context(f"--data {name}"):
-        args.data = on_main(lambda: choose_data(name))
-    if not name and args.data != "cifar10":
-        args = options.complete(given, args.data, recipe and RECIPES[args.data])
-    return args
-
-
-def begin(given: dict):
-    """Join the other processes; all options, and the Accelerator.  Errors: as choose_options()."""
-    with error_context(f"--device {given.get('device')}"):
-        start.use_device(given.get("device", "auto"))
-    state = start.start_processes(given.get("threads"))
-    args = choose_options(given, partial(start.from_main_process, state))
-    if args.deterministic:
-        compute_deterministically()
-    with error_context("--precision"):
-        accelerator = start.create_accelerator(given.get("precision", "auto"), args.precision)
-    return args, accelerator
-
-
-def read_inputs(args, accelerator: Accelerator) -> Inputs:
+def read_inputs(args, accelerator: Accelerator, decision: Decision) -> Inputs:
     """The data and the weights that a training starts from.
 
     The main process inspects the files of a folder first; the others read what it found.
@@ -112,15 +82,18 @@ def read_inputs(args, accelerator: Accelerator) -> Inputs:
     data.to(accelerator.device)
     shared = {"workers": start.decoding_workers(args.workers), "world": world}
     shared["rank"] = accelerator.process_index
-    val_batch = evaluation_batch(args.batch_size, args.accumulate, world, train.in_memory)
+    val_batch = evaluation_batch(args.batch_size, args.accumulate, world, not train.is_cropped)
     loader = data.loader("train", args.batch_size, seed=args.seed, augment=args.augment, **shared)
+    data.notes = [*decision.notes, *data.notes]
     data.notes += checks.cautions(args, counts, len(loader) * args.epochs)
     val_loader = data.loader("val", val_batch, **shared) if "val" in data.splits else None
     sha256 = {"images": data.sha256, "image weights": weights_sha256}
     sha256["teacher"] = teacher and teacher[2]["sha256"]
     sha256["pretrained weights"] = header.get("sha256")
     begin = tensors, header, teacher, planned
-    return Inputs(accelerator, data, loader, val_loader, weights, *statistics, *begin, sha256)
+    inputs = Inputs(accelerator, data, loader, val_loader, weights, *statistics, *begin, sha256)
+    inputs.spent = decision.seconds + data.seconds
+    return inputs
 
 
 def _load_data(args, accelerator: Accelerator) -> Data:
@@ -140,6 +113,7 @@ def _load_data(args, accelerator: Accelerator) -> Data:
                 crop=defaults["crop"],
                 skip_broken=args.skip_broken,
                 workers=start.decoding_workers(args.workers),
+                in_memory=args.in_memory,
             ),
         )
     if args.overfit:
@@ -159,7 +133,12 @@ def choose_statistics(args, data: Data, known: dict) -> list[list[float]]:
     train, statistics, chosen = data.splits["train"], known, []
     if not known:
         statistics = network_defaults(args.model)
-        if not args.pretrained and train.in_memory and not (args.mean and args.std):
+        if (
+            not args.pretrained
+            and train.in_memory
+            and not train.is_cropped
+            and not (args.mean and args.std)
+        ):
             parts = torch.arange(len(train)).split(256)
             statistics = channel_statistics(train.pixels(part) for part in parts)
     for key in ("mean", "std"):
@@ -189,6 +168,8 @@ def _network_arguments(args, inputs: Inputs, width: int | None = None) -> dict:
     }
     if width := width or args.width:
         arguments["width"] = width
+    if args.model == "fastnet" and "patch" not in arguments and max(arguments["size"]) > SMALL:
+        arguments["patch"] = 4
     return arguments
 
 
@@ -248,19 +229,28 @@ def create_plan(args, inputs: Inputs, net: Net, saved: dict | None) -> tuple[Pla
         part = max(2, len(batch.labels) // args.accumulate)
         images = net.prepare.to(accelerator.device)(batch.images[:part])
 
-        def images_per_second(width: int) -> float:
+        def epochs(width: int) -> float:
             network = create_model(args.model, **net.bare.arguments | {"width": width})
             speed = measure_speed(network, images, batch.labels[:part], accelerator)
-            return accelerator.num_processes * speed
+            images_seen = accelerator.num_processes * speed * plan.seconds
+            return images_seen / len(inputs.data.splits["train"])
 
-        count = len(inputs.data.splits["train"])
-        width = start.from_main_process(
-            accelerator, lambda: choose_width(images_per_second, plan.seconds, count)
-        )
+        width = start.from_main_process(accelerator, lambda: choose(WIDTHS, epochs))
     if width and width != net.bare.arguments.get("width"):
         net = create_net(args, inputs, width)
-    plan.spent = time.perf_counter() - began if args.time else 0.0
+    if args.fit_head and not saved:
+        with error_context(f"--fit-head {args.fit_head}"):
+            start.from_main_process(accelerator, lambda: _fit_head(args, inputs, net))
+    plan.spent = inputs.spent + time.perf_counter() - began if args.time else 0.0
     return plan, net
+
+
+def _fit_head(args, inputs: Inputs, net: Net) -> None:
+    """Fit the last layer, on this process; DistributedDataParallel gives its weights to others."""
+    data, workers = inputs.data, start.decoding_workers(args.workers)
+    augment = Augment(args.augment, data.splits["train"].is_cropped, args.seed)
+    loader = data.loader("train", 64, seed=args.seed, augment=args.augment, workers=workers)
+    fit_head(net.bare, net.prepare, loader, augment, args.fit_head, inputs.accelerator)
 
 
 def _read_planned(args) -> dict:
@@ -276,7 +266,7 @@ def _read_planned(args) -> dict:
 
 def create_augment(args, inputs: Inputs) -> Augment:
     """The random changes that the options ask for; what they uncover shows the mean colour."""
-    decoded = not inputs.data.splits["train"].in_memory
+    decoded = inputs.data.splits["train"].is_cropped
     changes = args.erase, args.mixup, args.cutmix
     return Augment(args.augment, decoded, args.seed, *changes, fill=inputs.mean)
 

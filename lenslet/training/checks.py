@@ -39,6 +39,9 @@ def check(args) -> None:
         "--freeze-epochs needs --pretrained: there is no point in freezing random weights": (
             args.freeze_epochs and not args.pretrained
         ),
+        "--fit-head needs --pretrained: random weights make nothing of an image": (
+            args.fit_head and not args.pretrained
+        ),
         "--teacher-share and --temperature need a --teacher": (
             not args.teacher and (args.teacher_share is not None or args.temperature)
         ),

@@ -83,17 +83,16 @@ class Plan:
             self.marks.append([step, 1.0, step])
 
 
-def choose_width(trial, seconds: float, images: int) -> int:
-    """The width (channels of the first block) of fastnet that learns most in a time, see WIDTHS.
+def choose(table, epochs):
+    """The largest of a table's networks that a run has time for: rows of (network, least epochs).
 
-    trial(width): measured images per second of training a network of that width.  images: of an
-    epoch.
+    epochs(network): how many the run would make with it; asked in order, as long as they suffice.
     """
-    chosen = WIDTHS[0][0]
-    for width, epochs in WIDTHS[1:]:
-        if trial(width) * seconds < epochs * images:
+    chosen = table[0][0]
+    for network, least in table[1:]:
+        if epochs(network) < least:
             break
-        chosen = width
+        chosen = network
     return chosen
 
 

@@ -19,7 +19,14 @@ LOSSES = ("cross-entropy", "focal", "bce", "mse")
 AUGMENTATIONS = ("none", "light", "standard", "trivial", "rand")
 OPTIMIZERS = ("sgd", "adam", "adamw", "adabelief", "ranger", "muon")  # the tested ones
 # Options that change no bit of the weights: an interrupted run may go on with other values.
-FREE = {"output", "workers", "log_every", "save_every", "watch"}
+FREE = {"output", "workers", "log_every", "save_every", "watch", "decided"}
+NONE = "none"  # pretrained: random weights
+AUTO = "auto"  # the model that decide.py chooses, with all of these that are not given
+DECIDED = {
+    *("model", "pretrained", "image_size", "width", "in_memory", "fit_head", "freeze_epochs"),
+    *("optimizer", "lr", "momentum", "weight_decay", "schedule", "warmup", "clip", "batch_size"),
+    *("label_smoothing", "augment"),
+}
 SAID = {"accumulate"}  # may change too, as memory may be short: last bits, or batch norm's images
 # What to try when gradients go wrong, by the kinds of watch.judge().
 REMEDIES = {
@@ -53,6 +60,8 @@ def build_parser(description: str = "") -> cli.Parser:
     help = "mean of each channel, 0..1 scale (default: pretrained weights', images', or network's)"
     add("--mean", metavar="X", type=share, nargs="+", help=help)
     add("--std", metavar="X", type=number(float, 0, 1, above=True), nargs="+", help="deviation")
+    help = "decode photographs once, into memory (default: if they take a quarter of it at most)"
+    add("--in-memory", action=flag, help=help)
 
     add = parser.add_argument_group("augmentation").add_argument
     help = (
@@ -68,13 +77,21 @@ def build_parser(description: str = "") -> cli.Parser:
     add("--cutmix", metavar="ALPHA", type=cli.alpha, default=0.0, help=help)
 
     add = parser.add_argument_group("network").add_argument
-    add("--model", help="one of `python model.py`, a timm name, or torchvision/NAME")
+    help = (
+        "one of `python model.py`, a timm name, or torchvision/NAME; auto: what suits photographs"
+    )
+    add("--model", help=help)
     help = "channels of fastnet's first block (default: 32, or what suits --time)"
     add("--width", metavar="N", type=number(int, 8, 1024), help=help)
     help = "dropout before the last layer"
     add("--dropout", metavar="P", type=number(float, 0, 0.99), default=0.0, help=help)
-    help = "start from the weights of a file or URL (.safetensors, .pth), or from timm's"
-    add("--pretrained", metavar="PATH|URL|timm", help=help)
+    help = (
+        "start from the weights of a file or URL (.safetensors, .pth), or from timm's; auto: from "
+        "timm's if they can be had; none: from random weights"
+    )
+    add("--pretrained", metavar="PATH|URL|timm|auto|none", help=help)
+    help = "first of all, fit the last layer to what the others make of N views of each image"
+    add("--fit-head", metavar="N", type=number(int, 0), default=0, help=help)
     help = "train only the last layer for the first N epochs"
     add("--freeze-epochs", metavar="N", type=number(int, 0), default=0, help=help)
     help = "never train the layers or parameters of these names ('blocks.0*')"
@@ -85,6 +102,8 @@ def build_parser(description: str = "") -> cli.Parser:
     help = "train for this long instead (60s, 5m, 2h), from the first step to the last"
     add("--time", metavar="T", type=as_written(parse_duration), help=help)
     add("--plan", metavar="FILE", help=argparse.SUPPRESS)  # reproduce.py's: a timed run's steps
+    # In options.yaml: the options that were not given, and that decide.py has chosen.
+    add("--decided", nargs="*", default=[], help=argparse.SUPPRESS)
     help = "images per optimizer step, over all processes"
     add("-b", "--batch-size", metavar="N", type=count, default=64, help=help)
     help = (
@@ -211,21 +230,38 @@ def needs_recipe(given: dict) -> bool:
 def complete(given: dict, data: str, recipe: str | None) -> argparse.Namespace:
     """All options of a training on a data set: those given, over those of its recipe.
 
-    Errors: UserError for a name that is not known, and as check().
+    With the model AUTO, those of DECIDED that were not given are still to be decided, and are not
+    checked.  Errors: UserError for a name that is not known, and as check().
     """
-    from lenslet.training.optimizers import check_optimizer  # these import torch
-    from model import find_network
-
     parser = build_parser()
     layers = [cli.read_config(parser, recipe)] if recipe else []
     args = cli.layered(parser, *layers, given)
     args.data = data
+    if args.time and "time" not in given and {"epochs", "overfit", "plan"} & given.keys():
+        args.time = None  # only the recipe's
     if not args.model:
         raise UserError(f"--config {args.config} names no model: add one there, or give --model")
     for name in ("pretrained", "teacher", "image_weights", "plan"):
         path = getattr(args, name)
         if path and path != "timm" and Path(path).exists():  # the run may go on from elsewhere
             setattr(args, name, str(Path(path).resolve()))
+    if names := undecided(args):
+        args.decided = sorted(names | (DECIDED - given.keys() if args.model == AUTO else set()))
+    args.pretrained = None if args.pretrained == NONE else args.pretrained
+    return args if {"model", "pretrained"} & names else checked(args)
+
+
+def undecided(args) -> set[str]:
+    """The options that decide.py is still to give a value; others may follow from the model's."""
+    names = {name for name in ("model", "pretrained") if getattr(args, name) == AUTO}
+    return names | ({"in_memory"} if args.in_memory is None else set())
+
+
+def checked(args) -> argparse.Namespace:
+    """The options, if they go together.  Errors: UserError."""
+    from lenslet.training.optimizers import check_optimizer  # these import torch
+    from model import find_network
+
     if args.overfit:
         turn_off_regularization(args)
     check(args)
@@ -234,6 +270,12 @@ def complete(given: dict, data: str, recipe: str | None) -> argparse.Namespace:
     with error_context("--model"):
         args.model = find_network(args.model)
     return args
+
+
+def read(run: Path) -> dict:
+    """All options of a run, by its options.yaml.  Errors: UserError."""
+    parser = build_parser()
+    return vars(cli.layered(parser, cli.read_config(parser, run / "options.yaml")))
 
 
 def run_name(args) -> str:
@@ -264,13 +306,14 @@ def differences(run: Path, args, among: set[str] | None = None) -> str:
 
     among: only these names, instead of all but those that an interrupted run may go on without.
     """
-    parser = build_parser()
     try:
-        before = vars(cli.layered(parser, cli.read_config(parser, run / "options.yaml")))
+        before = read(run)
     except UserError:
         return "its options.yaml cannot be read"
     now = cli.stored(args)
     names = among or now.keys() - FREE - SAID
+    if undecided(args):  # a run of these options may have decided anything
+        names -= set(before["decided"]) & set(args.decided)
     return ", ".join(
         f"--{name.replace('_', '-')} was {before[name]}, now {now[name]}"
         for name in now

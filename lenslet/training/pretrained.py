@@ -56,6 +56,10 @@ def read_weights(source: str, model: str) -> tuple[State, dict]:
     return tensors, header
 
 
+def find_pretrained(models: list[str]) -> tuple[str | None, str]:
+    return None, "no weights"
+
+
 def _from_timm(model: str) -> State:
     """The state_dict of timm's pretrained network: what its files hold, with today's names."""
     import timm

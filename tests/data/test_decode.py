@@ -10,6 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import CenterCrop, Resize
@@ -231,7 +232,7 @@ def test_random_boxes(tmp_path, shape, suffix):
         [a, b, c, d] for a in (0, 0.9999999) for b in (0, 0.9999999) for c, d in ((0, 1), (1, 0))
     ]
     draws += np.random.default_rng(0).random((30, 4)).tolist()
-    for draw in draws:
+    for draw in torch.tensor(draws):
         pixels = read_image(path, 3, (16, 24), 1.0, draw)
         assert pixels.shape == (16, 24, 3)
         assert np.array_equal(pixels, read_image(path, 3, (16, 24), 1.0, draw))
@@ -241,11 +242,11 @@ def test_random_boxes_differ(tmp_path):
     """The draws say where and how large the box is: area 25 % at the upper left, or all of it."""
     y, x = np.mgrid[0:100, 0:100]
     path = save(tmp_path / "a.png", np.stack([x, y, x], -1).astype(np.uint8))
-    corner = read_image(path, 3, (50, 50), 1.0, [0, 0.5, 0, 0])
+    corner = read_image(path, 3, (50, 50), 1.0, torch.tensor([0, 0.5, 0, 0]))
     assert np.array_equal(corner[..., 0], np.mgrid[0:50, 0:50][1])
-    far = read_image(path, 3, (50, 50), 1.0, [0, 0.5, 1, 1])
+    far = read_image(path, 3, (50, 50), 1.0, torch.tensor([0, 0.5, 1, 1]))
     assert np.array_equal(far[..., 1], 50 + np.mgrid[0:50, 0:50][0])
-    whole = read_image(path, 3, (100, 100), 1.0, [1, 0.5, 0.3, 0.3])
+    whole = read_image(path, 3, (100, 100), 1.0, torch.tensor([1, 0.5, 0.3, 0.3]))
     assert np.array_equal(whole[..., 0], x)
 
 

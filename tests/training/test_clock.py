@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lenslet.training import clock
-from lenslet.training.clock import WIDTHS, Plan, choose_width, measure_speed
+from lenslet.training.clock import WIDTHS, Plan, choose, measure_speed
 
 
 def drive(seconds, step_seconds):
@@ -99,13 +99,16 @@ def test_wider_with_more_time():
     """The widest network is taken that sees the images often enough, narrower ones first."""
     tried = []
 
-    def trial(width):
-        tried.append(width)
-        return 16_000 / width
+    def choose_in(seconds):
+        def epochs(width):
+            tried.append(width)
+            return 16 * seconds / width
 
-    chosen = [choose_width(trial, seconds, 1000) for seconds in (1e-3, 10, 100, 1e6)]
+        return choose(WIDTHS, epochs)
+
+    chosen = [choose_in(seconds) for seconds in (1e-3, 10, 100, 1e6)]
     assert chosen == sorted(chosen)
     assert (chosen[0], chosen[-1]) == (WIDTHS[0][0], WIDTHS[-1][0])
     for seconds in (10, 100):
-        width = choose_width(trial, seconds, 1000)
+        width = choose_in(seconds)
         assert 16 * seconds / width >= dict(WIDTHS)[width]

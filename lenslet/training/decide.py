@@ -1,0 +1,181 @@
+"""All options of a training: those given, its recipe's and, for photographs, what is left to the
+program: the network, the size of its images, and whether they are kept in memory.
+
+A run stores what was decided among its options, so that it goes on, and is reproduced, with that.
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from lenslet import cli
+from lenslet.data.cache import fits
+from lenslet.data.layout import find_folder, list_folder
+from lenslet.data.load import RECIPES, choose_data, recipe_for
+from lenslet.data.sets import is_set
+from lenslet.distributed import start
+from lenslet.distributed.determinism import compute_deterministically
+from lenslet.errors import counted, error_context
+from lenslet.training import options
+from lenslet.training.clock import choose, measure_speed
+from lenslet.training.pretrained import find_pretrained
+from lenslet.weights import read_header
+from model import create_model, network_defaults
+
+
+class Candidate(NamedTuple):
+    """A network, and the side of the images that it is fed, in pixels."""
+
+    model: str
+    side: int
+    width: int | None = None  # of fastnet
+
+
+# Networks for photographs, and how many epochs a run must have time for with each.
+SCRATCH = (
+    (Candidate("fastnet", 64, 32), 0),
+    (Candidate("fastnet", 96, 32), 6),
+)
+PRETRAINED = (
+    (Candidate("mobilenetv3_small_100", 160), 0),
+    (Candidate("mobilenetv3_large_100", 192), 2),
+    (Candidate("resnet50", 224), 10),
+)
+
+
+def choose_options(given: dict, on_main=lambda work: work()):
+    """All options of a training, with its data set and recipe.
+
+    given: as options.parse() returns it.  on_main: has the main process alone do some work.
+    Errors: UserError for options that do not go together, before any download.
+    """
+    name, recipe = given.get("data"), None
+    with error_context(f"--data {name}"):
+        if options.needs_recipe(given):
+            recipe = on_main(lambda: recipe_for(name or "cifar10"))
+    args = options.complete(given, name or "cifar10", recipe)
+    with error_context(f"--data {name}"):
+        args.data = on_main(lambda: choose_data(name))
+    if not name and args.data != "cifar10":
+        args = options.complete(given, args.data, recipe and RECIPES[args.data])
+    return args
+
+
+def begin(given: dict):
+    """Join the other processes; all options, and the Accelerator.  Errors: as choose_options()."""
+    with error_context(f"--device {given.get('device')}"):
+        start.use_device(given.get("device", "auto"))
+    state = start.start_processes(given.get("threads"))
+    args = choose_options(given, partial(start.from_main_process, state))
+    if args.deterministic:
+        compute_deterministically()
+    with error_context("--precision"):
+        accelerator = start.create_accelerator(given.get("precision", "auto"), args.precision)
+    return args, accelerator
+
+
+class Decision(NamedTuple):
+    """What the user should know of what was decided, a line each, and the seconds it took."""
+
+    notes: list[str]
+    seconds: float
+
+
+def decide(args, accelerator: Accelerator, unfinished: list[Path]) -> Decision:
+    """Give the options that were left to the program their values, the same on all processes.
+
+    unfinished: runs that this one may go on with, the newest first: the decisions of one with the
+    same options stay.  Errors: UserError for options that do not go together then.
+    """
+    if is_set(args.data) or not options.undecided(args):
+        return Decision([], 0.0)
+    began = time.perf_counter()
+    decided, notes = start.from_main_process(
+        accelerator, lambda: _recall(args, unfinished) or _decide(args, accelerator)
+    )
+    vars(args).update(decided)
+    options.checked(args)
+    return Decision(notes, time.perf_counter() - began)
+
+
+def _recall(args, unfinished: list[Path]):
+    """What the first of these runs with the same options has decided; None if there is none."""
+    for run in unfinished:
+        if not options.differences(run, args):
+            stored = options.read(run)
+            return {name: stored[name] for name in args.decided}, []
+    return None
+
+
+def _decide(args, accelerator: Accelerator):
+    """({option: value} of what is undecided, what the user should know)."""
+    classes = list_folder(find_folder(args.data)).splits["train"]
+    count = min(sum(map(len, classes.values())), args.limit or args.overfit or 10**9)
+    decided, notes = {}, []
+    if args.pretrained == options.AUTO or args.model == options.AUTO:
+        decided, notes = _choose_network(args, accelerator, count, len(classes))
+    side = decided.get("image_size", args.image_size)
+    side = side or network_defaults(decided.get("model", args.model))["image_size"]
+    if args.in_memory is None:
+        decided["in_memory"] = fits(count, side)
+    return {name: decided[name] for name in args.decided}, notes
+
+
+def _choose_network(args, accelerator: Accelerator, count: int, classes: int):
+    """As _decide(), of all but in_memory; count: training images."""
+    source = options.AUTO if "pretrained" in args.decided else args.pretrained
+    if args.model != options.AUTO:  # only whether it is pretrained was left open
+        found, note = find_pretrained([args.model])
+        return {"pretrained": "timm" if found else None}, [note]
+
+    def epochs(candidate: Candidate) -> float:
+        if not args.time:
+            return args.epochs
+        images_seen = _speed(candidate, args, accelerator, classes) * cli.parse_duration(args.time)
+        return images_seen / count
+
+    notes = []
+    if source in (options.AUTO, "timm"):
+        wanted = choose(PRETRAINED, epochs)
+        others = [c for c, _ in reversed(PRETRAINED) if c != wanted]
+        found, note = find_pretrained([c.model for c in (wanted, *others)])
+        notes.append(note)
+        candidate = next((c for c, _ in PRETRAINED if c.model == found), None)
+        source = found and "timm"
+    elif source:
+        candidate = _candidate_of(source)
+    if not source:
+        candidate = choose(SCRATCH, epochs)
+    recipe = "photos-finetune" if source else "photos-scratch"
+    parser = options.build_parser()
+    decided = vars(cli.layered(parser, cli.read_config(parser, recipe)))
+    decided |= {"model": candidate.model, "width": candidate.width, "pretrained": source}
+    decided["image_size"] = candidate.side
+    passes = f"about {counted(round(epochs(candidate)), 'epoch')} of {counted(count, 'image')}"
+    width = f" of width {candidate.width}" if candidate.width else ""
+    sides = f"{candidate.side}x{candidate.side}"
+    notes.append(f"{candidate.model}{width} at {sides}, as there is time for {passes}")
+    return decided, notes
+
+
+def _candidate_of(source: str) -> Candidate:
+    """The network that a weights file of ours is of.  Errors: UserError."""
+    with error_context(f"--pretrained {source}"):
+        header = read_header(source)
+    side = max(header["input_size"])
+    return Candidate(header["model"], side, header["model_args"].get("width"))
+
+
+def _speed(candidate: Candidate, args, accelerator: Accelerator, classes: int) -> float:
+    """Images per second that all processes together would train a candidate on."""
+    arguments = {"width": candidate.width} if candidate.width else {}
+    size = (candidate.side, candidate.side)
+    network = create_model(candidate.model, classes, size=size, **arguments)
+    count = max(2, 64 // accelerator.num_processes)
+    images, labels = torch.zeros(count, 3, *network.input_size), torch.zeros(count).long()
+    batch = images.to(accelerator.device), labels.to(accelerator.device)
+    return accelerator.num_processes * measure_speed(network, *batch, accelerator)
