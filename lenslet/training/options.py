@@ -25,7 +25,7 @@ AUTO = "auto"  # the model that decide.py chooses, with all of these that are no
 DECIDED = {
     *("model", "pretrained", "image_size", "width", "in_memory", "fit_head", "freeze_epochs"),
     *("optimizer", "lr", "momentum", "weight_decay", "schedule", "warmup", "clip", "batch_size"),
-    *("label_smoothing", "augment"),
+    *("label_smoothing", "augment", "keep"),
 }
 SAID = {"accumulate"}  # may change too, as memory may be short: last bits, or batch norm's images
 # What to try when gradients go wrong, by the kinds of watch.judge().
