@@ -101,8 +101,8 @@ class Run:
         self.folder, notes = found.folder, list(found.notes)
         if self._main:  # first of all: with it, the folder is a run
             files.atomic_write(self.folder / "options.yaml", as_yaml(stored(args)))
-        self.progress = Progress(seconds=plan.spent, marks=plan.marks)
-        self.progress.width = net.bare.arguments.get("width")
+        width = net.bare.arguments.get("width")
+        self.progress = Progress(seconds=plan.spent, marks=plan.marks, width=width)
         if found.saved:
             self.progress = Progress(**found.saved["progress"])
             notes += self._restore(found.saved, net, meter)
@@ -158,9 +158,8 @@ class Run:
             device, began = self._accelerator.device, self._began
             spent = from_main_process(self._accelerator, lambda: device_time(device) - began)
             self._plan.note_time(progress.step, spent)
-            self._bar.set_postfix_str(f"{summary.span(self._left())} left", refresh=False)
-        ends = progress.batch == len(self._inputs.train_loader)
-        return ends or progress.step == self._plan.total
+            self._bar.set_postfix_str(summary.time_left(progress, self._plan.total), False)
+        return progress.batch == len(self._inputs.train_loader) or progress.step == self._plan.total
 
     def agree(self, interrupts: Interrupts) -> bool:
         """Whether to save now; also sets interrupts.stop if any process has had a signal.
@@ -195,19 +194,13 @@ class Run:
 
     def _show(self, loss: float, epoch_ends: bool) -> None:
         """The running loss: in the bar or, off a terminal, in a line every half minute."""
-        left = f"{summary.span(self._left())} left"
+        left = summary.time_left(self.progress, self._plan.total)
         self._bar.set_postfix_str(f"loss {loss:.4f}, {left}", refresh=False)
         now = time.perf_counter()
         if self._main and self._bar.disable and not epoch_ends and now - self._said > 30:
             self._said, at = now, f"epoch {self.progress.epoch + 1}{self._of_epochs}"
             done = f"{self.progress.batch} of {len(self._inputs.train_loader)} batches"
             print(f"{at}: {done}, loss {loss:.4f}, {left}")
-
-    def _left(self) -> float:
-        """Seconds that the plan still takes, at the speed so far."""
-        progress = self.progress
-        steps = 0 if progress.ended else self._plan.total - progress.step
-        return steps * progress.seconds / progress.step
 
     def _give_up(self, loss: float, step: int, meter: Meter) -> None:
         """End a run whose loss is not finite since step `step`."""
@@ -240,13 +233,13 @@ class Run:
         progress.seconds = time.perf_counter() - self._began
         if self._main:
             self._keep(net, record, better)
-        self.save(net, meter, last=bool(progress.ended) or progress.step == self._plan.total)
+        self.save(net, meter, last := bool(progress.ended) or progress.step == self._plan.total)
         if self._main:
             point_latest(self.folder)
-        left = self._left()
+        left = summary.time_left(progress, self._plan.total)
         line = summary.epoch_line(record, self._of_epochs, left, args.metric, meter.objective)
         best = "  best" if better and validated is not None and args.keep != "last" else ""
-        if best or not left or summary.is_told(record, self._plan.total):
+        if best or last or summary.is_told(record, self._plan.total):
             self._accelerator.print(line + best)
 
     def _record(self, net: Net, meter: Meter, validated: Tensor | None) -> dict:

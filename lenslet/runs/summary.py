@@ -13,7 +13,7 @@ from lenslet.files import shown
 from lenslet.grid import draw_grid
 
 
-def epoch_line(record: dict, epochs: str, left: float, metric: str | None, objective="") -> str:
+def epoch_line(record: dict, epochs: str, left: str, metric: str | None, objective="") -> str:
     """An epoch's line on the console; metric: by which the best one is chosen; objective: the name
     of what was minimized, where that is not the loss.
     """
@@ -28,7 +28,13 @@ def epoch_line(record: dict, epochs: str, left: float, metric: str | None, objec
         line += f" f1 {record['val_f1']:.2%}"
     speed = record["images_per_second"]
     line += f"  lr {record['lr']:.2g}  {speed:{',.0f' if speed >= 10 else '.2g'}} images/s"
-    return f"{line}  {span(left)} left"
+    return f"{line}  {left}"
+
+
+def time_left(progress, total: int) -> str:
+    """How long a run of so many steps still takes, at its speed so far: '12 min left'."""
+    steps = 0 if progress.ended else total - progress.step
+    return f"{span(steps * progress.seconds / progress.step)} left"
 
 
 def span(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Photographs are decoded once, and what is kept of them is never believed when it is not theirs."""
+"""Photographs are decoded once, and what is kept of them is never taken for something else."""
 
 import os
 import shutil

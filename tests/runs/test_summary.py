@@ -21,7 +21,9 @@ def test_span(seconds, text):
 )
 def test_speed(speed, text):
     """A slow network's speed is no 0 images/s."""
-    assert f"  {text}  " in epoch_line(RECORD | {"images_per_second": speed}, "/9", 1.0, None)
+    assert f"  {text}  " in epoch_line(
+        RECORD | {"images_per_second": speed}, "/9", "1 s left", None
+    )
 
 
 def test_what_is_told():

@@ -44,7 +44,7 @@ def fit(network, views=1, augment=unchanged):
 
 @pytest.mark.parametrize("name", ["lenet", "fastnet"])
 def test_head_is_logistic_regression(name):
-    """The probabilities are scikit-learn's, whether the layer has a bias and a scale, or neither."""
+    """The probabilities are scikit-learn's, whether the layer has a bias or a scale."""
     torch.manual_seed(0)
     network = create_model(name, 3, size=16 if name == "fastnet" else 32)
     seen = []

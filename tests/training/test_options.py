@@ -85,7 +85,8 @@ def test_recipes(recipe):
     given = options.parse(["--config", recipe])
     args = options.complete(given, "digits", None)
     assert args.model and given["model"] == args.model
-    assert cli.stored(options.complete({}, "digits", recipe)) == cli.stored(args)
+    defaults = cli.stored(options.complete({}, "digits", recipe))
+    assert defaults | {"decided": args.decided} == cli.stored(args)
 
 
 def test_a_network_must_be_named(config):
@@ -132,14 +133,18 @@ def test_names_are_those_of_the_rooms():
     assert len({tuple(value.tolist()) for value in values}) == len(options.LOSSES)
 
 
-def test_help_shows_every_option_but_the_plan():
-    """--plan is reproduce.py's own: --help does not have it, but all others, each explained."""
+def test_help_shows_every_option_but_two():
+    """--plan is reproduce.py's own, --decided options.yaml's: --help has all others, explained."""
     parser = options.build_parser("what it is for")
     shown = parser.format_help()
-    assert "--plan" not in shown and options.parse(["--plan", "a"]) == {"plan": "a"}
+    assert (
+        "--plan" not in shown
+        and "--decided" not in shown
+        and options.parse(["--plan", "a"]) == {"plan": "a"}
+    )
     assert shown.split("\n\n")[1] == "what it is for"
     for action in parser._actions:
-        if action.dest != "plan":
+        if action.dest not in ("plan", "decided"):
             assert all(name in shown for name in action.option_strings) and action.help
 
 
