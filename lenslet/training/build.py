@@ -24,7 +24,7 @@ from lenslet.training.decide import Decision
 from lenslet.training.head import fit_head
 from lenslet.training.net import Freezer, Net, fit_batch_norm
 from lenslet.training.optimizers import create_optimizer
-from lenslet.weights import read_header
+from lenslet.weights import digest, read_header
 from model import NEWEST, create_model, find_network, head_of, load_model, network_defaults
 
 
@@ -89,7 +89,7 @@ def read_inputs(args, accelerator: Accelerator, decision: Decision) -> Inputs:
     val_loader = data.loader("val", val_batch, **shared) if "val" in data.splits else None
     sha256 = {"images": data.sha256, "image weights": weights_sha256}
     sha256["teacher"] = teacher and teacher[2]["sha256"]
-    sha256["pretrained weights"] = header.get("sha256")
+    sha256["pretrained weights"] = digest(tensors) if tensors else None
     begin = tensors, header, teacher, planned
     inputs = Inputs(accelerator, data, loader, val_loader, weights, *statistics, *begin, sha256)
     inputs.spent = decision.seconds + data.seconds

@@ -7,10 +7,7 @@
 """
 
 import collections
-import contextlib
-import queue
 import re
-import threading
 import zipfile
 from pathlib import Path
 
@@ -20,13 +17,11 @@ from torch import Tensor, nn
 
 from lenslet import files, weights
 from lenslet.data import download
-from lenslet.errors import OutsideError, UserError, error_context, nearest, one_line
-from lenslet.training import pickles
+from lenslet.errors import OutsideError, UserError, nearest, one_line
+from lenslet.training import hub, pickles
 from lenslet.training.net import is_below
 from model import find_network
 
-PATIENCE = 15.0  # seconds that the hub has to say which weights it holds
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that a repository has is used
 AGAIN = "delete it, and download or save it again"
 
 State = dict[str, Tensor]  # by name, as in a state_dict
@@ -57,11 +52,42 @@ def read_weights(source: str, model: str) -> tuple[State, dict]:
 
 
 def find_pretrained(models: list[str]) -> tuple[str | None, str]:
-    return None, "no weights"
+    """The first of these networks that timm has weights for, and a line for the user.
+
+    Its weights are in the hub's cache afterwards, and read_weights("timm", network) reads them.
+    Where the hub is silent (see hub.silence()), only cached weights count.  None if there are no
+    weights: the line says why.  It is for one process, which tells the others.
+
+    Errors: UserError for an unknown network.
+    """
+    problems = {}  # in their order, each once
+    for model in map(find_network, models):
+        try:
+            config = _timm_config(model)
+            repository = config.hf_hub_id
+            if not repository:
+                raise UserError(f"timm's weights for {model} are not on the hub")
+            held = hub.cached(repository)
+            if not held and (why := hub.silence()):
+                raise OutsideError(why)
+            _from_timm(model)  # downloads, and shows that they can be read
+        except (UserError, OSError) as error:
+            silent = isinstance(error, OutsideError) and hub.silence()
+            problems[silent or str(error)] = None
+            continue
+        place = "the hub's cache" if held else hub.address()
+        size = hub.cached(repository).stat().st_size / 1e6
+        known = config.license not in (None, "unknown")
+        licence = config.license if known else f"see {hub.address(repository)}"
+        why = "".join(f"; {problem}" for problem in problems)
+        found = f"{repository} from {place}, {size:.1f} MB, licence: {licence}"
+        return model, f"pretrained weights: {found}{why}"
+    none = f"no pretrained weights for {' or '.join(models)}, so training starts from scratch"
+    return None, f"{none}: {'; '.join(problems)}"
 
 
-def _from_timm(model: str) -> State:
-    """The state_dict of timm's pretrained network: what its files hold, with today's names."""
+def _timm_config(model: str):
+    """timm's configuration of its weights for a network.  Errors: UserError if it has none."""
     import timm
 
     if not timm.is_model(model):
@@ -69,51 +95,25 @@ def _from_timm(model: str) -> State:
     if not timm.is_model_pretrained(model):
         hint = nearest(model, timm.list_pretrained())
         raise UserError(f"timm has no weights for {model}{hint}")
-    config = timm.get_pretrained_cfg(model)
-    path = _from_hub(config.hf_hub_id) if config.hf_hub_id else _from_url(config.url)
+    return timm.get_pretrained_cfg(model)
+
+
+def _from_timm(model: str) -> State:
+    """The state_dict of timm's pretrained network: what its files hold, with today's names."""
+    import timm
+
+    config = _timm_config(model)
+    repository = config.hf_hub_id
+    path = hub.fetch(repository, _read_file) if repository else _from_url(config.url)
     overlay = {"state_dict": _read_download(path)[0], "custom_load": False}
     # timm draws random weights first, which must not change how the caller's own network starts.
     with torch.random.fork_rng(devices=[]):
-        network = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay)
-    return network.state_dict()
-
-
-def _from_hub(repository: str) -> Path:
-    """A repository's weights file in the hub's own cache, downloaded if it is not there yet.
-
-    Errors: OutsideError.
-    """
-    from huggingface_hub import constants, file_exists, hf_hub_download, hf_hub_url
-    from huggingface_hub.utils import EntryNotFoundError
-
-    for file in HUB_FILES:
-        with contextlib.suppress(EntryNotFoundError):
-            return Path(hf_hub_download(repository, file, local_files_only=True))
-    # The hub's faster protocol still waited after ten minutes for a server that did not answer, as
-    # behind a firewall; plain https gives up a stalled transfer after about one.
-    constants.HF_HUB_DISABLE_XET = True
-    # hf_hub_download() tries a host that does not answer for 13 minutes, and resolving its name
-    # can hang: so the host is asked once first, in a thread that nobody has to wait for.
-    replies = queue.Queue()
-
-    def ask():
         try:
-            replies.put(HUB_FILES[0 if file_exists(repository, HUB_FILES[0]) else 1])
-        except Exception as error:  # requests' or httpx's, by the hub's version
-            replies.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        reply = replies.get(timeout=PATIENCE)
-        if isinstance(reply, Exception):
-            raise reply
-        return Path(hf_hub_download(repository, reply))
-    except queue.Empty:
-        why = f"no answer in {PATIENCE:g} s"
-    except Exception as error:
-        why = one_line(error.__cause__ or error)
-    url = hf_hub_url(repository, "").partition("/resolve/")[0]
-    raise OutsideError(f"{url}: {why}; give a file or another URL instead")
+            network = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay)
+        except (RuntimeError, KeyError) as error:  # tensors of another network
+            why = f"not the weights of {model} ({one_line(error)})"
+            raise UserError(f"{path}: {why}; {AGAIN}") from None
+    return network.state_dict()
 
 
 def _from_url(url: str) -> Path:
@@ -126,8 +126,11 @@ def _from_url(url: str) -> Path:
 
 def _read_download(path: Path) -> tuple[State, dict]:
     """_read_file(), with errors that name the file: the user may have to delete it."""
-    with error_context(str(path)):
+    try:
         return _read_file(path)
+    except UserError as error:
+        remedy = "" if ";" in str(error) else f"; {AGAIN}"
+        raise UserError(f"{path}: {error}{remedy}") from None
 
 
 def _read_file(path: Path) -> tuple[State, dict]:

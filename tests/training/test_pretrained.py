@@ -2,12 +2,7 @@
 
 import argparse
 import copy
-import http.server
 import json
-import os
-import subprocess
-import sys
-import threading
 from collections import OrderedDict
 
 import conftest
@@ -15,6 +10,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from served import Server
 from torch import nn
 
 import lenslet.files
@@ -142,6 +138,16 @@ def test_safetensors_of_ours(tmp_path):
         assert caught.value.status == 2
 
 
+def test_one_digest_of_all_sources(tmp_path):
+    """The same tensors have the same digest from a pickle, a safetensors file and one of ours."""
+    state = {"one": torch.rand(2, 3), "two": torch.tensor(1.5), "three": torch.ones(3).bfloat16()}
+    torch.save(state | {"one": state["one"].t().contiguous().t()}, tmp_path / "a.pth")
+    save_file(state, tmp_path / "b.safetensors")
+    (tmp_path / "c.safetensors").write_bytes(weights.encode(state, HEADER))
+    read = [pretrained.read_weights(str(path), "lenet") for path in sorted(tmp_path.glob("?.*"))]
+    assert {weights.digest(tensors) for tensors, _ in read} == {read[2][1]["sha256"]}
+
+
 def test_weights_of_another_network(tmp_path):
     """One of ours says which network it is of; a timm name may differ in what follows the dot."""
     path = tmp_path / "model.safetensors"
@@ -212,44 +218,6 @@ def test_no_weights_to_read(tmp_path, suffix):
         pretrained.read_weights(str(tmp_path / "other.pth"), "lenet")
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves `files` by path as the hub does; others are mute, drop the line, or are not there."""
-
-    daemon_threads = True
-
-    def __init__(self, files):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.asked, self.closing = files, [], threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        if "mute" in self.path or "test_vit." in self.path:
-            self.server.closing.wait(120)  # longer than anyone should have waited for it
-        if "test_vit" in self.path:
-            return
-        body = self.server.files.get(self.path.partition("?")[0])
-        self.send_response(404 if body is None else 200)
-        self.send_header("Content-Length", str(len(body or b"")))
-        self.send_header("ETag", '"abc"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        if "/resolve/" in self.path:
-            self.send_header("X-Xet-Hash", "a" * 64)
-            self.send_header("Link", f'<{self.server.url}/xet>; rel="xet-auth"')
-        self.send_header("X-Error-Code", "EntryNotFound" if body is None else "")
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body or b"")
-
-    do_HEAD = do_GET
-
-
 @pytest.fixture
 def serve(monkeypatch):
     """serve({path: content}): a server on this machine."""
@@ -262,9 +230,7 @@ def serve(monkeypatch):
 
     yield start
     for server in servers:
-        server.closing.set()
-        server.shutdown()
-        server.server_close()
+        server.close()
 
 
 def test_url(serve, tmp_path):
@@ -310,60 +276,6 @@ def test_networks_without_weights_of_timm(name, message):
     with pytest.raises(UserError, match=message) as caught:
         pretrained.read_weights("timm", name)
     assert caught.value.status == 2
-
-
-HUB = """
-import json, sys, torch
-from lenslet.errors import OutsideError
-from lenslet.training import pretrained
-pretrained.PATIENCE, errors = 60, {}
-torch.manual_seed(0)
-for _ in range(2):
-    tensors, header = pretrained.read_weights("timm", "test_resnet.r160_in1k")
-torch.save([tensors, torch.rand(1)], sys.argv[1])
-for name in ("test_vit2", "test_efficientnet", "test_vit"):
-    if name == "test_vit":  # which never answers
-        pretrained.PATIENCE = 0.5
-    try:
-        pretrained.read_weights("timm", name)
-    except OutsideError as error:
-        errors[name] = [str(error), error.status]
-print(json.dumps(errors))
-"""
-
-
-def test_hub(serve, tmp_path):
-    """timm's weights come from the hub, once; one that does not serve is one line, and soon.
-
-    In a process of its own, for the hub's address is read when its library is imported.
-    """
-    state = timm.create_model("test_resnet").state_dict()
-    save_file(state, tmp_path / "served")
-    path = "/timm/test_resnet.r160_in1k/resolve/main/model.safetensors"
-    server = serve({path: (tmp_path / "served").read_bytes()})
-    hub = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", HUB, str(tmp_path / "read")]
-    done = subprocess.run(
-        command,
-        cwd=lenslet.files.ROOT,
-        env=os.environ | hub,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=100,  # less than the mute server takes
-    )
-    tensors, drawn = torch.load(tmp_path / "read")
-    assert same(tensors, state)
-    assert [path in asked for asked in server.asked].count(True) == 3  # HEAD twice, GET once
-    assert "/xet" not in server.asked  # whose servers may not be reachable where the hub is
-    torch.manual_seed(0)
-    assert torch.equal(drawn, torch.rand(1))  # the generator is as it was
-    lines = json.loads(done.stdout)
-    why = {"test_vit": "no answer in 0.5 s", "test_vit2": "disconnected", "test_efficientnet": ""}
-    for name, reason in why.items():
-        line, status = lines[name]
-        assert f"{server.url}/timm/{name}" in line and reason in line and "\n" not in line
-        assert status == 1
 
 
 def test_errors_end_a_command_in_one_line(capsys):
