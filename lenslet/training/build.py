@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lenslet.cli import parse_duration, stored
 from lenslet.data.augment import Augment
-from lenslet.data.batches import SMALL, Data, evenly_spaced, on_device
+from lenslet.data.batches import Data, evenly_spaced, on_device
 from lenslet.data.load import load
 from lenslet.data.prepare import Prepare, channel_statistics
 from lenslet.distributed import start
@@ -20,12 +20,12 @@ from lenslet.errors import UserError, error_context
 from lenslet.metrics import evaluation_batch
 from lenslet.training import checks, losses, options, pretrained
 from lenslet.training.clock import WIDTHS, Plan, choose, measure_speed
-from lenslet.training.decide import Decision
+from lenslet.training.decide import Decision, newest_arguments
 from lenslet.training.head import fit_head
 from lenslet.training.net import Freezer, Net, fit_batch_norm
 from lenslet.training.optimizers import create_optimizer
 from lenslet.weights import digest, read_header
-from model import NEWEST, create_model, find_network, head_of, load_model, network_defaults
+from model import create_model, find_network, head_of, load_model, network_defaults
 
 
 @dataclass
@@ -154,22 +154,17 @@ def choose_statistics(args, data: Data, known: dict) -> list[list[float]]:
 
 def _network_arguments(args, inputs: Inputs, width: int | None = None) -> dict:
     """What create_model() is given beside the name: as in the weights to repeat or to start from,
-    so that they fit, else NEWEST; the width as create_net() says.
+    so that they fit, else the newest; the width as create_net() says.
     """
     data, known = inputs.data, inputs.planned or inputs.pretrained_header
+    size = (args.image_size,) * 2 if args.image_size else data.image_size
     if known.get("model") == args.model:
         arguments = known["model_args"]
     else:
-        arguments = NEWEST.get(args.model, {})
-    arguments = arguments | {
-        "classes": len(data.classes),
-        "channels": data.channels,
-        "size": (args.image_size,) * 2 if args.image_size else data.image_size,
-    }
+        arguments = newest_arguments(args.model, size)
+    arguments = arguments | {"classes": len(data.classes), "channels": data.channels, "size": size}
     if width := width or args.width:
         arguments["width"] = width
-    if args.model == "fastnet" and "patch" not in arguments and max(arguments["size"]) > SMALL:
-        arguments["patch"] = 4
     return arguments
 
 

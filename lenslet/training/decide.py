@@ -4,6 +4,7 @@ program: the network, the size of its images, and whether they are kept in memor
 A run stores what was decided among its options, so that it goes on, and is reproduced, with that.
 """
 
+import functools
 import time
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from lenslet import cli
+from lenslet.data.batches import SMALL
 from lenslet.data.cache import fits
 from lenslet.data.layout import find_folder, list_folder
 from lenslet.data.load import RECIPES, choose_data, recipe_for
@@ -24,7 +26,7 @@ from lenslet.training import options
 from lenslet.training.clock import choose, measure_speed
 from lenslet.training.pretrained import find_pretrained
 from lenslet.weights import read_header
-from model import create_model, network_defaults
+from model import NEWEST, create_model, network_defaults
 
 
 class Candidate(NamedTuple):
@@ -132,6 +134,7 @@ def _choose_network(args, accelerator: Accelerator, count: int, classes: int):
         found, note = find_pretrained([args.model])
         return {"pretrained": "timm" if found else None}, [note]
 
+    @functools.cache
     def epochs(candidate: Candidate) -> float:
         if not args.time:
             return args.epochs
@@ -140,16 +143,17 @@ def _choose_network(args, accelerator: Accelerator, count: int, classes: int):
 
     notes = []
     if source in (options.AUTO, "timm"):
-        wanted = choose(PRETRAINED, epochs)
-        others = [c for c, _ in reversed(PRETRAINED) if c != wanted]
-        found, note = find_pretrained([c.model for c in (wanted, *others)])
+        table = _with_options(PRETRAINED, args)
+        known = {candidate.model: candidate for candidate, _ in table}
+        found, note = find_pretrained(list(known))
+        if found and (wanted := choose(table, epochs)).model != found:
+            found, note = find_pretrained([wanted.model, found])
+        candidate, source = known.get(found), found and "timm"
         notes.append(note)
-        candidate = next((c for c, _ in PRETRAINED if c.model == found), None)
-        source = found and "timm"
     elif source:
         candidate = _candidate_of(source)
     if not source:
-        candidate = choose(SCRATCH, epochs)
+        candidate = choose(_with_options(SCRATCH, args), epochs)
     recipe = "photos-finetune" if source else "photos-scratch"
     parser = options.build_parser()
     decided = vars(cli.layered(parser, cli.read_config(parser, recipe)))
@@ -162,6 +166,19 @@ def _choose_network(args, accelerator: Accelerator, count: int, classes: int):
     return decided, notes
 
 
+def _with_options(table, args) -> list[tuple[Candidate, float]]:
+    """A table of candidates with the size and the width that were given, if they were."""
+    given = {"side": args.image_size, "width": args.width}
+    given = {name: value for name, value in given.items() if value}
+    return [(candidate._replace(**given), least) for candidate, least in table]
+
+
+def newest_arguments(model: str, size: tuple[int, int]) -> dict:
+    """Those of a new network, where no weights say otherwise."""
+    patch = {"patch": 4} if model == "fastnet" and max(size) > SMALL else {}
+    return NEWEST.get(model, {}) | patch
+
+
 def _candidate_of(source: str) -> Candidate:
     """The network that a weights file of ours is of.  Errors: UserError."""
     with error_context(f"--pretrained {source}"):
@@ -172,8 +189,9 @@ def _candidate_of(source: str) -> Candidate:
 
 def _speed(candidate: Candidate, args, accelerator: Accelerator, classes: int) -> float:
     """Images per second that all processes together would train a candidate on."""
-    arguments = {"width": candidate.width} if candidate.width else {}
     size = (candidate.side, candidate.side)
+    arguments = newest_arguments(candidate.model, size)
+    arguments |= {"width": candidate.width} if candidate.width else {}
     network = create_model(candidate.model, classes, size=size, **arguments)
     count = max(2, 64 // accelerator.num_processes)
     images, labels = torch.zeros(count, 3, *network.input_size), torch.zeros(count).long()
