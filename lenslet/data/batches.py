@@ -53,8 +53,8 @@ class Split:
     labels: Tensor  # int64 [N], 0..classes-1
     names: list[str]  # N file names below the data folder, or indices in the set's own order
     rows: Tensor | None = None  # int64 [N]: which of the M in memory are its own; None: all
-    # float [N], width / height, of whole photographs in memory, squeezed to one size, which are
-    # cropped when they are read; else None.
+    # float [N], on the CPU: width / height of whole photographs in memory, squeezed to one size,
+    # which are cropped when they are read; else None.
     aspects: Tensor | None = None
 
     def __post_init__(self):
@@ -106,8 +106,6 @@ class Data:
                 if key in moved:
                     split.images = moved[key]
                     split.labels, split.rows = split.labels.to(device), split.rows.to(device)
-                    if split.aspects is not None:
-                        split.aspects = split.aspects.to(device)
 
     def loader(
         self, split, batch_size, *, seed=None, augment="none", workers=0, rank=0, world=1
@@ -169,24 +167,23 @@ class ImageBatches(Dataset):
         index = torch.tensor(indices).to(self.split.labels.device, non_blocking=True)
         draws = None
         if self.crop_seed is not None and self.split.is_cropped:
-            draws = uniform(self.crop_seed, epoch, index, 4)
+            draws = uniform(self.crop_seed, epoch, torch.tensor(indices), 4)
         if not self.split.in_memory:
             images = self._decode(indices, draws)
-        elif self.split.is_cropped:
-            images = self._crop(index, draws)
         else:
             images = self.split.pixels(index)
+            if self.split.is_cropped:
+                images = self._crop(images, self.split.aspects[indices], draws)
         return Batch(images, self.split.labels[index], index, size, loss_factor)
 
-    def _crop(self, index: Tensor, draws: Tensor | None) -> Tensor:
+    def _crop(self, images: Tensor, aspects: Tensor, draws: Tensor | None) -> Tensor:
         """Photographs in memory as uint8 [B, C, H, W]; draws float [B, 4], or None: the centre."""
         _, (height, width), share = self.reading
-        aspects = self.split.aspects[index]
         if draws is None:
             boxes = central_boxes(aspects, width / height, share)
         else:
             boxes = random_boxes(aspects, draws, width / height)
-        return crop(self.split.pixels(index), boxes, (height, width))
+        return crop(images, boxes, (height, width))
 
     def _decode(self, indices: list[int], draws: Tensor | None) -> Tensor:
         """Photographs as uint8 [B, C, H, W], cropped here, where all their pixels still are."""

@@ -97,7 +97,7 @@ def test_unreadable(photographs):
 def test_fits(monkeypatch):
     """A quarter of the free memory is the limit, counted with the margin for crops."""
     memory = namedtuple("memory", "available")
-    monkeypatch.setattr(cache.psutil, "virtual_memory", lambda: memory(4 * 100 * 3 * 96 * 96))
+    monkeypatch.setattr(cache.psutil, "virtual_memory", lambda: memory(4 * 100 * 3 * 128 * 128))
     assert cache.fits(100, 64) and not cache.fits(101, 64) and not cache.fits(100, 65)
 
 

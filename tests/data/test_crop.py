@@ -22,10 +22,10 @@ def test_crop_is_pillows(size):
     image, images = Image.fromarray(pixels), torch.from_numpy(pixels).permute(2, 0, 1)
     boxes = random_boxes(torch.full((20,), 90 / 70), torch.rand(20, 4), size[1] / size[0])
     cut = crop(images.expand(20, -1, -1, -1), boxes, size).permute(0, 2, 3, 1)
-    for box, found in zip((boxes * torch.tensor([90, 70, 90, 70])).tolist(), cut, strict=True):
-        left, upper, width, height = box
-        box = (left, upper, min(90, left + width), min(70, upper + height))
-        wanted = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box=box))
+    boxes[:, 2:] += boxes[:, :2]
+    corners = (boxes * torch.tensor([90, 70, 90, 70])).round().tolist()
+    for box, found in zip(map(tuple, corners), cut, strict=True):
+        wanted = np.asarray(image.crop(box).resize(size[::-1], Image.Resampling.BILINEAR))
         assert np.abs(wanted.astype(int) - found.numpy()).max() <= 1
 
 
@@ -37,10 +37,10 @@ def test_squeezed_images_keep_their_shapes(tmp_path):
     for draws in torch.rand(5, 4, generator=torch.Generator().manual_seed(0)):
         found = crop(whole[None], random_boxes(aspect, draws[None], 1.0), (64, 64))[0]
         wanted = torch.from_numpy(read_image(tmp_path / "a.png", 3, (64, 64), 1.0, draws))
-        assert (found.permute(1, 2, 0).int() - wanted.int()).abs().float().mean() < 1.5
+        assert (found.permute(1, 2, 0).int() - wanted.int()).abs().float().mean() < 2
     found = crop(whole[None], central_boxes(aspect, 1.0, 0.8), (64, 64))[0]
     wanted = torch.from_numpy(read_image(tmp_path / "a.png", 3, (64, 64), 0.8))
-    assert (found.permute(1, 2, 0).int() - wanted.int()).abs().float().mean() < 1.5
+    assert (found.permute(1, 2, 0).int() - wanted.int()).abs().float().mean() < 2
 
 
 def test_boxes_lie_inside():
