@@ -37,10 +37,10 @@ def test_squeezed_images_keep_their_shapes(tmp_path):
     for draws in torch.rand(5, 4, generator=torch.Generator().manual_seed(0)):
         found = crop(whole[None], random_boxes(aspect, draws[None], 1.0), (64, 64))[0]
         wanted = torch.from_numpy(read_image(tmp_path / "a.png", 3, (64, 64), 1.0, draws))
-        assert (found.permute(1, 2, 0).int() - wanted.int()).abs().float().mean() < 2
+        assert (found.permute(1, 2, 0).int() - wanted.int()).abs().float().mean() < 4
     found = crop(whole[None], central_boxes(aspect, 1.0, 0.8), (64, 64))[0]
     wanted = torch.from_numpy(read_image(tmp_path / "a.png", 3, (64, 64), 0.8))
-    assert (found.permute(1, 2, 0).int() - wanted.int()).abs().float().mean() < 2
+    assert (found.permute(1, 2, 0).int() - wanted.int()).abs().float().mean() < 4
 
 
 def test_boxes_lie_inside():
