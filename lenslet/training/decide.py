@@ -141,7 +141,7 @@ def _choose_network(args, accelerator: Accelerator, count: int, classes: int):
         images_seen = _speed(candidate, args, accelerator, classes) * cli.parse_duration(args.time)
         return images_seen / count
 
-    notes = []
+    notes, parser = [], options.build_parser()
     if source in (options.AUTO, "timm"):
         table = _with_options(PRETRAINED, args)
         known = {candidate.model: candidate for candidate, _ in table}
@@ -154,9 +154,11 @@ def _choose_network(args, accelerator: Accelerator, count: int, classes: int):
         candidate = _candidate_of(source)
     if not source:
         candidate = choose(_with_options(SCRATCH, args), epochs)
-    recipe = "photos-finetune" if source else "photos-scratch"
-    parser = options.build_parser()
-    decided = vars(cli.layered(parser, cli.read_config(parser, recipe)))
+    ours = candidate.model == "fastnet"
+    recipe = cli.read_config(parser, "photos-scratch" if ours else "photos-finetune")
+    if ours and source:  # Muon suits it then too
+        recipe |= {"lr": recipe["lr"] / 2, "fit_head": 4}
+    decided = vars(cli.layered(parser, recipe))
     decided |= {"model": candidate.model, "width": candidate.width, "pretrained": source}
     decided["image_size"] = candidate.side
     passes = f"about {counted(round(epochs(candidate)), 'epoch')} of {counted(count, 'image')}"
