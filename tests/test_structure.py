@@ -11,7 +11,8 @@ from lenslet import files
 
 # A module may import from the levels below it, and from its own folder.
 LEVELS = [
-    ["lenslet.files", "lenslet.grid", "lenslet.errors"],
+    ["lenslet.files", "lenslet.fonts", "lenslet.errors"],
+    ["lenslet.grid"],
     ["lenslet.header"],
     ["lenslet.weights", "lenslet.stems", "lenslet.libraries", "lenslet.cli"],
     ["lenslet.distributed"],
@@ -25,7 +26,7 @@ KNOWS_ARGS |= {"runs/run.py"}  # and scripts/
 NAMES_OPTIONS = KNOWS_ARGS | {"cli.py", "runs/summary.py", "runs/launch.py"}
 NAMES_OPTIONS |= {"distributed/launchers.py"}  # it says which of ours replaces a launcher's
 BRANCHES = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.IfExp, ast.Assert, ast.comprehension)
-CODE_LINES = 6557  # what there is: who adds something looks first for what can go
+CODE_LINES = 6636  # what there is: who adds something looks first for what can go
 
 
 def sources():
