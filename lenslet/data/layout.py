@@ -40,7 +40,10 @@ def find_folder(name: str) -> Path:
 
 def name_in(root: Path, file: Path) -> str:
     """What a file is called in a data folder: its path from there."""
-    return Path(os.path.relpath(file, root)).as_posix()
+    try:
+        return file.relative_to(root).as_posix()
+    except ValueError:  # a file of labels may name what lies elsewhere
+        return Path(os.path.relpath(file, root)).as_posix()
 
 
 def list_folder(root: Path) -> Listing:

@@ -1,6 +1,8 @@
 """What training minimizes: the loss of each image, times how much the image weighs."""
 
 import contextlib
+import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -87,7 +89,7 @@ def image_weights(
             weight = float(given)
         if not 0 <= weight < float("inf"):
             raise UserError(f"line {line}: {given!r} is not a weight of 0 or more")
-        known = file if file in place or name in sets.SETS else name_in(root, root / file)
+        known = file if file in place or name in sets.SETS else name_in(root, Path(os.path.normpath(root / file)))
         if known in place:
             weights[place[known]] = weight
         elif not _is_image(file, name, split):
