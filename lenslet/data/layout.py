@@ -112,13 +112,13 @@ def _check_classes(root: Path, tops: dict, splits: dict, inside: dict[Path, list
     classes, top = splits["train"], tops["train"]
     where = "it" if top == root else f"{top.name}/"
     if top == root:
-        names = [*classes, *(folder.name for folder in tops.values() if folder != root)]
-        like_splits = all(re.search("train|test|val", name, re.IGNORECASE) for name in names)
-        if like_splits and len(names) > 1 and (splits["val"] or any(inside.values())):
-            names = " and ".join(names)
-            raise UserError(f"{names} look like splits: name them train, val and test")
         if found := _find_data_set({root / name: inside[root / name] for name in classes}):
             raise UserError(f"the classes are in {name_in(root, found)}/: give that folder")
+        names = [folder.name for folder in _look(root)[0]]
+        like_splits = all(re.search("train|test|val", name, re.IGNORECASE) for name in names)
+        if like_splits and (splits["val"] or any(inside.values())):
+            names = " and ".join(names)
+            raise UserError(f"{names} look like splits: name them train, val and test")
     if not classes and (images := _look(top)[1]):
         there = f"{counted(len(images), 'image')} in {where}, but no class folder"
         raise UserError(f"{there}; {EXPECTED}, or a CSV file of labels")

@@ -82,14 +82,16 @@ def image_weights(
     if not path:
         return weights, ""
     rows, sha256 = read_table(path, "file", *([] if default else ["weight"]))
-    place, root = {file: i for i, file in enumerate(split.names)}, find_folder(name)
+    place = {file: i for i, file in enumerate(split.names)}
     for line, row in rows:
         file, given, weight = row["file"], row.get("weight", default), -1.0
         with contextlib.suppress(ValueError):
             weight = float(given)
         if not 0 <= weight < float("inf"):
             raise UserError(f"line {line}: {given!r} is not a weight of 0 or more")
-        known = file if file in place or name in sets.SETS else name_in(root, Path(os.path.normpath(root / file)))
+        known, folder = file, find_folder(name)
+        if name not in sets.SETS:  # it may be absolute, or begin with ./
+            known = name_in(folder, Path(os.path.normpath(folder / file)))
         if known in place:
             weights[place[known]] = weight
         elif not _is_image(file, name, split):
