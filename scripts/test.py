@@ -127,9 +127,8 @@ def open_split(args, weights: Path, header: dict, trained: dict, workers: int) -
     if not args.data:
         how |= {key: trained[key] for key in ("fold", "limit")}
     with error_context(f"--data {name}" if args.data else f"the data of {weights}, {name}"):
-        how["labels"] = args.labels
-        if not args.labels and choose_data(name) == header["data"]:
-            how["labels"] = trained["labels"]
+        same = not args.data or choose_data(args.data) == header["data"]
+        how["labels"] = args.labels or (trained["labels"] if same else None)
         if not (args.data or is_set(name) or find_folder(name).is_dir()):
             raise UserError("no such folder; give --data")
         for split in ("test", "val"):
