@@ -23,6 +23,7 @@ def command(script: str, *words) -> str:
 
 BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
 DEVICE = "cpu, cuda, cuda:1, mps, …; auto: the GPU if there is one, else the CPU"
+LABELS = "classes of a folder's images: a CSV file with columns file, label[, split, weight, group]"
 RENAMED = {"picture-weights": "image-weights"}  # what older files call an option
 
 

@@ -27,6 +27,7 @@ def build_parser() -> cli.Parser:
     cli.add_weights_option(parser)
     add = parser.add_argument
     add("--data", help="a set or folder with the same classes (default: trained on)")
+    add("--labels", metavar="FILE", help=cli.LABELS + " (default: trained with, on the same data)")
     help = "images at a time, over all processes (default: four times what was trained with)"
     add("-b", "--batch-size", metavar="N", type=cli.number(int, 1), help=help)
     add("--output", metavar="DIR", help="folder of report/ and samples/ (default: the weights')")
@@ -117,7 +118,7 @@ def open_split(args, weights: Path, header: dict, trained: dict, workers: int) -
     What was said for training (trained) holds here too, unless it is said anew.
     """
     from lenslet.data.layout import find_folder
-    from lenslet.data.load import load
+    from lenslet.data.load import choose_data, load
     from lenslet.data.sets import is_set
     from lenslet.fonts import legible
 
@@ -127,6 +128,8 @@ def open_split(args, weights: Path, header: dict, trained: dict, workers: int) -
     if not args.data:
         how |= {key: trained[key] for key in ("fold", "limit")}
     with error_context(f"--data {name}" if args.data else f"the data of {weights}, {name}"):
+        same = not args.data or choose_data(args.data) == header["data"]
+        how["labels"] = args.labels or (trained["labels"] if same else None)
         if not (args.data or is_set(name) or find_folder(name).is_dir()):
             raise UserError("no such folder; give --data")
         for split in ("test", "val"):

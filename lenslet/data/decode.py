@@ -26,12 +26,13 @@ from lenslet.errors import CONTROLS, OutsideError
 
 # Named, so that a file's content can never start an interpreter (Pillow's EPS reader does).
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
+HEIF = (".heic", ".heif")  # suffixes of what only the package pillow-heif reads
 EXIF_ORIENTATION = 0x0112
 
 GIB = 2**30  # bytes that decoding an image may take
 # Bytes of a pixel by mode, 4 in all others; and those that a decoder needs beside the image.
 STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
-DECODING = {"GIF": 1, "WEBP": 16, "AVIF": 16, "JPEG2000": 21}
+DECODING = {"GIF": 1, "WEBP": 16, "AVIF": 16, "HEIF": 16, "JPEG2000": 21}
 DECODING |= {"bmp_rle": 2, "ppm": 8, "ppm_plain": 8}  # where Pillow's decoder is in Python
 SLOW = {"JPEG2000": 2 * 10**7}  # pixels that take 10 s to decode at worst
 STRIP = 2**20  # pixels that are converted at a time
@@ -112,11 +113,11 @@ def inspect_image(path: str | Path, small: int) -> Inspected:
     """
     with _readable(path), open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        with Image.open(file, formats=FORMATS) as image:
+        with Image.open(file, formats=_formats(path)) as image:
             full = image.size
             if image.format == "PNG":
                 _check_memory(image, full)
-            if max(full) > small:
+            if max(full) > small and image.format != "HEIF":  # that would read a thumbnail instead
                 image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
             _check_memory(image, full, None, _is_turned(image))
             ImageOps.exif_transpose(image, in_place=True)
@@ -132,8 +133,28 @@ def inspect_image(path: str | Path, small: int) -> Inspected:
 @contextlib.contextmanager
 def _open(path: str | Path) -> Iterator[Image.Image]:
     """An image file, for as long as it is read.  Errors: UnreadableImage, here and in the block."""
-    with _readable(path), Image.open(path, formats=FORMATS) as image:
+    with _readable(path), Image.open(path, formats=_formats(path)) as image:
         yield image
+
+
+def _formats(path: str | Path) -> tuple[str, ...]:
+    """The formats that a file may have.  Errors: OSError for a HEIC file without pillow-heif."""
+    if os.path.splitext(path)[1].lower() not in HEIF:
+        return FORMATS
+    if not _reads_heif():
+        raise OSError("HEIC needs another package: pip install pillow-heif")
+    return *FORMATS, "HEIF"
+
+
+@functools.cache
+def _reads_heif() -> bool:
+    """Whether Pillow can read HEIC files, after having been taught it."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        return True
+    return False
 
 
 @contextlib.contextmanager
@@ -225,7 +246,7 @@ def _shrink_while_decoding(image, size, box) -> tuple[float, float, float, float
     """Let the JPEG decoder drop a factor 2, 4 or 8 that the resize would; returns the box then."""
     before = max(image.size)
     shrink = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0])
-    if shrink >= 2:
+    if shrink >= 2 and image.format != "HEIF":
         image.draft(None, tuple(math.ceil(side / shrink) for side in image.size))
     factor = 2 ** math.ceil(math.log2(before / max(image.size)))
     limits = _upright_size(image) * 2  # rounding must not carry the box over the edge

@@ -18,10 +18,11 @@ from lenslet.data import sets
 from lenslet.data.batches import SMALL, Data, Split, evenly_spaced
 from lenslet.data.cache import decode_all, margin
 from lenslet.data.decode import Inspected, longer_side, read_image
-from lenslet.data.layout import Listing, find_folder, list_folder
+from lenslet.data.labels import read_labels
+from lenslet.data.layout import Listing, find_folder, list_folder, name_in
 from lenslet.data.split import subset, validation_mask
 from lenslet.data.verify import Inspection, inspect_images
-from lenslet.errors import OutsideError, UserError, counted
+from lenslet.errors import OutsideError, UserError, counted, error_context
 
 # The recipe that supplies the defaults for a named set; a folder's follows from its images.
 RECIPES = {name: name for name in sets.SETS} | {"cifar100": "cifar10", "fashion-mnist": "mnist"}
@@ -29,17 +30,17 @@ RECIPES = {name: name for name in sets.SETS} | {"cifar100": "cifar10", "fashion-
 Rows = dict[str, list[tuple[Path, int]]]  # split → (file, label) of its images
 
 
-def recipe_for(name: str) -> str:
+def recipe_for(name: str, labels: str | None = None) -> str:
     """The recipe whose settings are the defaults for a data set.
 
     A folder takes that for small images if all its images are small.  To tell, the headers of at
     most 1,000 training and validation files are read, evenly spaced: to open every file of a large
     folder takes longer than the answer is worth.  It lists the folder, so call it on one process.
-    Errors: UserError for an unknown name, or a folder without the layout.
+    labels: see load().  Errors: UserError for an unknown name, or a folder without the layout.
     """
     if sets.is_set(name):
         return RECIPES[name]
-    splits = list_folder(find_folder(name)).splits
+    splits = list_images(find_folder(name), labels).splits
     files = list(chain(*splits["train"].values(), *splits["val"].values()))
     sample = [files[i] for i in evenly_spaced(len(files), 1000)]
     return "cifar10" if all(longer_side(file) <= SMALL for file in sample) else "photos"
@@ -64,6 +65,7 @@ def load(
     name: str,
     wanted: list[str],
     *,
+    labels: str | None = None,
     val: float = 0.1,
     fold: str | None = None,
     limit: int | None = None,
@@ -76,8 +78,9 @@ def load(
 ) -> Data:
     """Open a data set by name or folder; only the wanted ones of train, val and test are read.
 
-    val: share of the training images kept for validation where the set has no val of its own; 0
-    keeps none.  fold: "2/5" keeps the second of five parts instead, which the set must then have no
+    labels: a CSV file of the images' classes, in place of class folders, see read_labels().  val:
+    share of the training images kept for validation where the set has no val of its own; 0 keeps
+    none.  fold: "2/5" keeps the second of five parts instead, which the set must then have no
     val of its own for.  limit: so many training images and at most so many validation images, of
     all classes in their proportion.  like: the header of trained weights, whose classes and way of
     reading are taken over.  photo_size, crop: how photographs are read otherwise; small images keep
@@ -88,9 +91,11 @@ def load(
     differ from those of the weights, and too few images for fold or limit.
     """
     if sets.is_set(name):
+        if labels:
+            raise UserError(f"{labels}: a file of labels is for a folder of images, not for a set")
         return _load_set(name, wanted, val, fold, limit, like)
     root = find_folder(name)
-    listing = list_folder(root)
+    listing = list_images(root, labels)
     classes = like["classes"] if like else list(listing.splits["train"])
     rows = _assign(listing, classes, val, fold)
     for split in ("train", "val"):
@@ -110,9 +115,9 @@ def load(
     images = [inspection.images[file] for file, _ in chain(*rows.values())]
     data.channels, data.image_size, data.crop = _choose_reading(images, like, photo_size, crop)
     for split, part in rows.items():
-        names = [file.relative_to(root).as_posix() for file, _ in part]
+        names = [name_in(root, file) for file, _ in part]
         data.splits[split] = Split([file for file, _ in part], _labels(part), names)
-    data.sha256 = _digest(data.splits, inspection)
+    data.sha256 = _digest(data.splits, inspection, classes if labels else None)
     if max(image.side for image in images) <= SMALL and max(data.image_size) <= SMALL:
         _keep_in_memory(data, files, inspection)
     elif in_memory:
@@ -120,6 +125,14 @@ def load(
         _keep_photographs(data, workers)
         data.seconds = time.perf_counter() - began
     return data
+
+
+def list_images(root: Path, labels: str | None) -> Listing:
+    """The images of a folder, by its layout or by a file of labels."""
+    if not labels:
+        return list_folder(root)
+    with error_context(labels):
+        return read_labels(labels, root)
 
 
 def _labels(rows: list[tuple[Path, int]]) -> Tensor:
@@ -138,13 +151,16 @@ def _assign(listing: Listing, classes: list[str], val: float, fold: str | None) 
         split: [(file, label_of[name]) for name, files in inside.items() for file in files]
         for split, inside in listing.splits.items()
     }
-    if fold and listing.divided and rows["val"]:
-        raise UserError("it has a val/ of its own, so no fold of train/ can be kept for validation")
-    if not listing.divided and (fold or val == 0):
+    if fold and listing.own_val:
+        raise UserError(f"it has a {listing.own_val} of its own, so no fold can be kept instead")
+    if not listing.own_val and (fold or val == 0):
         rows["train"] += rows["val"]
         rows["val"] = []
     if (fold or val) and not rows["val"]:
-        kept = validation_mask(_labels(rows["train"]), val, fold)
+        groups = None
+        if numbers := {name: i for i, name in enumerate(sorted({*listing.groups.values()}))}:
+            groups = torch.tensor([numbers[listing.groups[file]] for file, _ in rows["train"]])
+        kept = validation_mask(_labels(rows["train"]), val, fold, groups)
         rows["val"] = list(compress(rows["train"], kept.tolist()))
         rows["train"] = list(compress(rows["train"], (~kept).tolist()))
     return rows
@@ -222,12 +238,14 @@ def _keep_photographs(data: Data, workers: int) -> None:
         split.aspects = aspects if name == "train" else None
 
 
-def _digest(splits: dict[str, Split], inspection: Inspection) -> str:
-    """SHA-256 of the names and contents of the splits' files."""
+def _digest(splits: dict[str, Split], inspection: Inspection, classes: list[str] | None) -> str:
+    """SHA-256 of which file is in which split, and of their contents and, if given, classes."""
     listing = "".join(
-        f"{name}/{file_name}:{inspection.images[file].sha256}\n"
+        f"{name}/{file_name}:{inspection.images[file].sha256}{classes[label] if classes else ''}\n"
         for name, split in splits.items()
-        for file_name, file in zip(split.names, split.images, strict=True)
+        for file_name, file, label in zip(
+            split.names, split.images, split.labels.tolist(), strict=True
+        )
     )
     return hashlib.sha256(os.fsencode(listing)).hexdigest()
 

@@ -71,8 +71,10 @@ def read_inputs(args, accelerator: Accelerator, decision: Decision) -> Inputs:
     if different := start.first_difference(known):
         what, host = different
         raise UserError(f"--data {args.data}: other {what} on {host} than on the first machine")
-    with error_context(f"--image-weights {args.image_weights}"):
-        weights, weights_sha256 = losses.image_weights(args.image_weights, args.data, train)
+    option = f"--labels {args.labels}" if args.labels else f"--image-weights {args.image_weights}"
+    with error_context(option):
+        table, unweighted = (args.labels, "1") if args.labels else (args.image_weights, None)
+        weights, weights_sha256 = losses.image_weights(table, args.data, train, unweighted)
     counts = train.labels.bincount(minlength=len(data.classes))
     with error_context("--class-weights"):
         weights *= losses.class_weights(args.class_weights, counts)[train.labels]
@@ -108,6 +110,7 @@ def _load_data(args, accelerator: Accelerator) -> Data:
             lambda: load(
                 args.data,
                 ["train", "val"] if validates else ["train"],
+                labels=args.labels,
                 val=args.val if validates else 0,
                 fold=args.fold,
                 limit=args.limit or args.overfit,

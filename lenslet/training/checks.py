@@ -48,6 +48,9 @@ def check(args) -> None:
         "--teacher-share 0 leaves the teacher out: leave out --teacher": (
             args.teacher and args.teacher_share == 0
         ),
+        "--image-weights cannot be used with --labels, which has a column weight for that": (
+            args.labels and args.image_weights
+        ),
         "--min-delta needs --patience or --schedule plateau": args.min_delta and not uses_scores,
         "--metric chooses nothing with --keep last: leave one out": (
             args.metric and args.keep == "last" and not uses_scores

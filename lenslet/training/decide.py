@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from lenslet import cli
 from lenslet.data.batches import SMALL
 from lenslet.data.cache import fits
-from lenslet.data.layout import find_folder, list_folder
-from lenslet.data.load import RECIPES, choose_data, recipe_for
+from lenslet.data.layout import find_folder
+from lenslet.data.load import RECIPES, choose_data, list_images, recipe_for
 from lenslet.data.sets import is_set
 from lenslet.distributed import start
 from lenslet.distributed.determinism import compute_deterministically
@@ -58,7 +58,7 @@ def choose_options(given: dict, on_main=lambda work: work()):
     name, recipe = given.get("data"), None
     with error_context(f"--data {name}"):
         if options.needs_recipe(given):
-            recipe = on_main(lambda: recipe_for(name or "cifar10"))
+            recipe = on_main(lambda: recipe_for(name or "cifar10", given.get("labels")))
     args = options.complete(given, name or "cifar10", recipe)
     with error_context(f"--data {name}"):
         args.data = on_main(lambda: choose_data(name))
@@ -115,7 +115,7 @@ def _recall(args, unfinished: list[Path]):
 
 def _decide(args, accelerator: Accelerator):
     """({option: value} of what is undecided, what the user should know)."""
-    classes = list_folder(find_folder(args.data)).splits["train"]
+    classes = list_images(find_folder(args.data), args.labels).splits["train"]
     count = min(sum(map(len, classes.values())), args.limit or args.overfit or 10**9)
     decided, notes = {}, []
     if args.pretrained == options.AUTO or args.model == options.AUTO:

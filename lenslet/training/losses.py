@@ -1,9 +1,7 @@
 """What training minimizes: the loss of each image, times how much the image weighs."""
 
 import contextlib
-import csv
-import hashlib
-import io
+import os
 from pathlib import Path
 
 import torch
@@ -12,7 +10,8 @@ from torch.nn import functional as F
 
 from lenslet.data import sets
 from lenslet.data.batches import Split
-from lenslet.data.layout import find_folder
+from lenslet.data.labels import read_table
+from lenslet.data.layout import find_folder, name_in
 from lenslet.errors import UserError
 
 
@@ -69,38 +68,37 @@ def class_weights(text: str | None, counts: Tensor) -> Tensor:
     return weights
 
 
-def image_weights(path: str | None, name: str, split: Split) -> tuple[Tensor, str]:
+def image_weights(
+    path: str | None, name: str, split: Split, default: str | None = None
+) -> tuple[Tensor, str]:
     """The weight of each image of a split in the loss, float [N], and the file's SHA-256.
 
     path: a CSV file with the columns file (below the data folder; in a named set the image's
     number) and weight (at least 0); images that it does not name weigh 1.  None: all do.
+    default: what they weigh if there is no column weight; None: there must be one.
     Errors: UserError for such a file, a line of it, or an image that does not exist.
     """
     weights = torch.ones(len(split))
     if not path:
         return weights, ""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
-        rows = list(csv.DictReader(io.StringIO(text), restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or "not a CSV file"
-        raise UserError(f"cannot be read ({reason})") from error
-    if not rows or not {"file", "weight"} <= set(rows[0]):
-        raise UserError("has no rows with the columns file and weight")
+    rows, sha256 = read_table(path, "file", *([] if default else ["weight"]))
     place = {file: i for i, file in enumerate(split.names)}
-    for line, row in enumerate(rows, 2):
-        file, weight = row["file"], -1.0
+    for line, row in rows:
+        file, given, weight = row["file"], row.get("weight", default), -1.0
         with contextlib.suppress(ValueError):
-            weight = float(row["weight"])
+            weight = float(given)
         if not 0 <= weight < float("inf"):
-            raise UserError(f"line {line}: {row['weight']!r} is not a weight of 0 or more")
-        if file in place:
-            weights[place[file]] = weight
+            raise UserError(f"line {line}: {given!r} is not a weight of 0 or more")
+        known, folder = file, find_folder(name)
+        if name not in sets.SETS:  # it may be absolute, or begin with ./
+            known = name_in(folder, Path(os.path.normpath(folder / file)))
+        if known in place:
+            weights[place[known]] = weight
         elif not _is_image(file, name, split):
             raise UserError(f"line {line}: {file!r} is not an image of {name}")
     if not weights.any():
         raise UserError("no training image has a weight above 0")
-    return weights, hashlib.sha256(text.encode()).hexdigest()
+    return weights, sha256
 
 
 def _is_image(file: str, name: str, split: Split) -> bool:

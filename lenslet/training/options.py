@@ -46,7 +46,9 @@ def build_parser(description: str = "") -> cli.Parser:
     add("--config", metavar="FILE", help="a YAML file of options, or a recipe's name")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="a known set's name, or a folder of images (default: cifar10)")
+    help = "a known set's name, or a folder of images, in a folder per class (default: cifar10)"
+    add("--data", help=help)
+    add("--labels", metavar="FILE", help=cli.LABELS)
     help = "share of the training images kept for validation where there is no val/; 0: none"
     add("--val", metavar="SHARE", type=number(float, 0, 0.9), default=0.1, help=help)
     help = "validate on the K-th of N parts of the training images instead (see `make folds`)"
@@ -241,7 +243,7 @@ def complete(given: dict, data: str, recipe: str | None) -> argparse.Namespace:
         args.time = None  # only the recipe's
     if not args.model:
         raise UserError(f"--config {args.config} names no model: add one there, or give --model")
-    for name in ("pretrained", "teacher", "image_weights", "plan"):
+    for name in ("pretrained", "teacher", "image_weights", "labels", "plan"):
         path = getattr(args, name)
         if path and path != "timm" and Path(path).exists():  # the run may go on from elsewhere
             setattr(args, name, str(Path(path).resolve()))

@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import CenterCrop, Resize
 
@@ -483,3 +484,53 @@ assert longer_side({str(path)!r}) == 6 and inspect_image({str(path)!r}, 64).side
         [sys.executable, "-W", "always", "-c", program], cwd=files.ROOT, capture_output=True
     )
     assert (result.returncode, result.stderr) == (0, b"")
+
+
+@pytest.fixture
+def heic(tmp_path, monkeypatch):
+    """A file called .HEIC, and a function that installs or removes pillow-heif."""
+    path = save(tmp_path / "a.jpg", smooth(400, 300)).rename(tmp_path / "a.HEIC")
+
+    def install(module):
+        monkeypatch.setitem(sys.modules, "pillow_heif", module)
+        decode._reads_heif.cache_clear()
+
+    yield path, install
+    decode._reads_heif.cache_clear()
+
+
+def test_heic_without_its_package(heic):
+    """A HEIC file is unreadable, with the remedy, where pillow-heif is not installed."""
+    path, install = heic
+    install(None)
+    for read in (lambda: decode.read_image(path, 3), lambda: decode.inspect_image(path, 64)):
+        with pytest.raises(decode.UnreadableImage, match="pip install pillow-heif"):
+            read()
+    assert decode.longer_side(path) == 0
+
+
+def test_heic(heic, monkeypatch):
+    """pillow-heif is registered once, when the first such file is met; the memory bound holds, and
+    no thumbnail is read in place of the image.
+    """
+    path, install = heic
+    registered, drafts = [], []
+
+    class Heif(JpegImagePlugin.JpegImageFile):
+        format = "HEIF"
+
+        def draft(self, mode, size):
+            drafts.append(size)
+
+    def register():
+        registered.append(1)
+        monkeypatch.setitem(Image.OPEN, "HEIF", (Heif, None))
+
+    install(SimpleNamespace(register_heif_opener=register))
+    monkeypatch.setattr(decode, "FORMATS", ("PNG",))
+    assert decode.inspect_image(path, 64).side == 400
+    assert decode.read_image(path, 3, (20, 20)).shape == (20, 20, 3)
+    assert (registered, drafts) == ([1], [])
+    monkeypatch.setattr(decode, "GIB", 400 * 300 * 19)  # 20 bytes a pixel
+    with pytest.raises(decode.UnreadableImage, match="GiB when decoded, more than 1"):
+        decode.read_image(path, 3)

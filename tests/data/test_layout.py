@@ -78,34 +78,148 @@ def test_wrong_folders(tmp_path, make_folder):
     (tmp_path / "empty" / "train" / "wasps").mkdir()
     refuse(tmp_path / "empty", "wasps", "no images")
     make_folder(tmp_path / "few", {"": 30})
-    make_folder(tmp_path / "few", {"": 1}, classes=("wasps",))
-    (tmp_path / "few" / "wasps" / "0.png").rename(tmp_path / "few" / "wasps" / "1.png")  # for test
-    refuse(tmp_path / "few", "wasps", "too few")
+    (tmp_path / "few" / "wasps").mkdir()
+    refuse(tmp_path / "few", "wasps", "no images")
     refuse(tmp_path / "nowhere", "no such folder")
     (tmp_path / "file").touch()
     refuse(tmp_path / "file", "no such folder")
 
 
 def test_other_files(tmp_path, make_folder):
-    """Files that are no images are counted in a note; hidden ones are not worth one."""
+    """All that is ignored is counted in one note; what systems leave behind is not worth one."""
     root = make_folder(tmp_path / "p")
-    assert list_folder(root).notes == []
-    for name in ("notes.txt", "Thumbs.db", ".DS_Store"):
+    image = (root / "train" / "ants" / "0.png").read_bytes()
+    for name in ("__MACOSX", "@eaDir", "lost+found", ".hidden"):
+        for folder in (root, root / "train", root / "train" / "ants"):
+            (folder / name).mkdir()
+            (folder / name / "0.png").write_bytes(image)
+    for name in ("Thumbs.db", "desktop.ini", "Desktop.ini", ".DS_Store", "._0.png"):
         (root / "train" / "ants" / name).touch()
-    (note,) = list_folder(root).notes
-    assert note == "2 files ignored: no image suffix (.db, .txt)"
-    (root / "train" / "ants" / "Thumbs.db").unlink()
-    assert list_folder(root).notes == ["1 file ignored: no image suffix (.txt)"]
+    assert list_folder(root).notes == []
+    assert {split: len(found) for split, found in listed(root).items()} == {
+        "train": 16,
+        "val": 0,
+        "test": 8,
+    }
+    (root / "README.txt").touch()
+    (root / "holdout").mkdir()
+    (root / "train" / "ants" / "notes.txt").touch()
+    (root / "train" / "stray.png").write_bytes(image)
+    (root / "train" / "a.csv").touch()
+    said = ".csv (1), .txt (2), holdout/ (1), images in no class folder (1)"
+    assert list_folder(root).notes == [f"ignored 5 files and folders: {said}"]
 
 
-def test_splits_by_other_names(tmp_path, make_folder):
-    """Train/ and Test/ are no two classes, and a folder that is not read is named."""
-    make_folder(tmp_path / "a", {"Train": 3, "Test": 2})
-    refuse(tmp_path / "a", "name them train, val and test")
-    make_folder(tmp_path / "b", {"train": 3, "valid": 2})
-    assert "folders ignored: valid" in list_folder(tmp_path / "b").notes[0]
+NAMES = [
+    ("train", "val", "test"),
+    ("Training", "VALID", "testing"),
+    ("TRAIN", "validation", "Test"),
+    ("train", "dev", None),
+    ("train", "Eval", None),
+]
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_names_of_splits(tmp_path, make_folder, names):
+    """A split's folder has any of its usual names, in any case, and messages use that name."""
+    counts = dict(zip(names, (3, 2, 1), strict=True))
+    root = make_folder(tmp_path / "p", {name: n for name, n in counts.items() if name})
+    found = listed(root)
+    for split, name in zip(("train", "val", "test"), names, strict=True):
+        folders = {file.relative_to(root).parts[0] for file in found[split]}
+        assert folders == ({name} if name else set())
+    assert list_folder(root).own_val == f"{names[1]}/" and list_folder(root).notes == []
+    make_folder(root, {names[1]: 1}, classes=("ant",))
+    refuse(root, f"{names[1]}/ant is a class that {names[0]}/ does not have", "did you mean ants?")
+
+
+def test_two_names_of_a_split(tmp_path, make_folder):
+    """Two folders for one split are refused by both names, also where one of them is empty."""
+    root = make_folder(tmp_path / "p", {"train": 3, "val": 2})
+    (root / "Validation").mkdir()
+    refuse(root, "Validation/ and val/ are both for val")
+    make_folder(tmp_path / "q", {"train": 3, "training": 3})
+    refuse(tmp_path / "q", "train/ and training/ are both for train")
+
+
+def test_splits_by_unusual_names(tmp_path, make_folder):
+    """train_set/ and test_set/ are no two classes; a class may be called like a split."""
+    make_folder(tmp_path / "a", {"train_set": 3, "test_set": 2})
+    refuse(tmp_path / "a", "test_set and train_set look like splits: name them train, val and test")
     make_folder(tmp_path / "c", {"": 30}, classes=("bus", "car", "train"))
     assert list(list_folder(tmp_path / "c").splits["train"]) == ["bus", "car", "train"]
+
+
+@pytest.mark.parametrize("splits", [{"train": 3}, {"train": 3, "val": 2}, {"": 20}])
+def test_one_level_down(tmp_path, make_folder, splits):
+    """A data set in a folder, alone there or not, is named and not read; also two levels down."""
+    root = tmp_path / "p"
+    make_folder(root / "flowers", splits)
+    make_folder(root / "__MACOSX" / "flowers", splits)
+    refuse(root, "the classes are in flowers/", ": give that folder")
+    make_folder(tmp_path / "q" / "archive" / "flowers", splits)
+    refuse(tmp_path / "q", "the classes are in archive/flowers/", ": give that folder")
+    if "val" in splits:
+        make_folder(root / "cars", splits)
+        refuse(root, "the classes are in cars/: give that folder")
+
+
+def test_nested_folders(tmp_path, make_folder):
+    """Folders below a class are part of it, whatever they are called."""
+    root = make_folder(tmp_path / "p", {"": 10})
+    for folder in ("ants/2024/may", "ants/train", "bees/test"):
+        (root / folder).mkdir(parents=True)
+        Image.new("RGB", (2, 2)).save(root / folder / "0.png")
+    assert sum(map(len, listed(root).values())) == 23
+
+
+@pytest.mark.parametrize("splits", [{"train": 3}, {"": 30}])
+def test_unlabelled_test(tmp_path, make_folder, splits):
+    """Images directly in test/ are no split and no class; a note counts them."""
+    root = make_folder(tmp_path / "p", splits)
+    before = list_folder(root)
+    make_folder(root, {"": 4}, classes=("Test",))
+    found = list_folder(root)
+    assert found.splits == before.splits
+    said = "Test/ has 4 images in no class folder: it is not used, and predict.py names what is in"
+    assert found.notes == [*before.notes, f"{said} them"]
+
+
+def test_own_test_beside_classes(tmp_path, make_folder):
+    """Where test/ has classes, the classes beside it are all for training."""
+    root = make_folder(tmp_path / "p", {"": 20, "test": 3})
+    assert {split: len(found) for split, found in listed(root).items()} == {
+        "train": 40,
+        "val": 0,
+        "test": 6,
+    }
+
+
+def test_no_class_folders(tmp_path, make_folder):
+    """Images in no folder, or directly in train/, end in a line with the layouts that would do."""
+    make_folder(tmp_path, {"": 3}, classes=("flat",))
+    refuse(tmp_path / "flat", "3 images in it, but no class folder", "<class>/*.png", "CSV file")
+    make_folder(tmp_path / "p", {"": 3}, classes=("train", "test"))
+    refuse(tmp_path / "p", "3 images in train/, but no class folder", "train/<class>/*.png")
+
+
+def test_lent_images(tmp_path, make_folder):
+    """A class of three images is in all splits, one line says what was lent, and with more images
+    the first ones return.
+    """
+    root = make_folder(tmp_path / "p", {"": 60})
+    assert list_folder(root).notes == []
+    make_folder(root, {"": 3}, classes=("hornets", "wasps"))
+    found = list_folder(root)
+    for split in ("train", "val", "test"):
+        assert all(len(found.splits[split][name]) == 1 for name in ("hornets", "wasps"))
+    (note,) = found.notes
+    assert note == "2 images of hornets, wasps lent to splits that had none of the class"
+    make_folder(root, {"": 60}, classes=("hornets", "wasps"))
+    assert list_folder(root).notes == []
+    make_folder(tmp_path / "q", {"": 30})
+    make_folder(tmp_path / "q", {"": 1}, classes=("wasps",))
+    assert len(list_folder(tmp_path / "q").splits["train"]["wasps"]) == 1
 
 
 def test_odd_file_names(tmp_path, make_folder):
@@ -138,7 +252,8 @@ def test_find_images(tmp_path):
     (tmp_path / "other disk").mkdir()
     (tmp_path / "other disk" / "e.png").touch()
     (there / "sub" / "linked").symlink_to(tmp_path / "other disk")
-    images, others = find_images(there)
+    images, others, folders = find_images(there)
+    assert sorted(folder.name for folder in folders) == ["d.png", "sub"]
     assert [p.relative_to(there).as_posix() for p in images] == [
         "a.jpeg",
         "b.PNG",

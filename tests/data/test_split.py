@@ -1,9 +1,19 @@
 """What is kept for validation is always the same, of all classes alike, and nothing is lost."""
 
+import hashlib
+
 import pytest
 import torch
 
-from lenslet.data.split import folds, ranks, split_by_hash, stratified, subset, validation_mask
+from lenslet.data.split import (
+    divide,
+    folds,
+    ranks,
+    split_by_hash,
+    stratified,
+    subset,
+    validation_mask,
+)
 from lenslet.errors import UserError
 
 
@@ -82,3 +92,59 @@ def test_split_by_hash():
     # The first byte of their hashes is 25, 26, 51 and 52: next to the borders, of 256.
     borders = [split_by_hash(name) for name in ("235.png", "1238.png", "2.png", "178.png")]
     assert borders == ["test", "val", "val", "train"]
+
+
+@pytest.mark.parametrize("count", range(1, 40))
+def test_divide(count):
+    """A class has images in train, then in val, then in test; what is not lent lies by its hash;
+    and a new image moves none but those that are lent before or after, two of a class at most.
+    """
+    names = [f"ants/{i}.png" for i in range(count + 1)]
+    before, lent = divide([(name, "ants") for name in names[:count]], {})
+    after, then = divide([(name, "ants") for name in reversed(names)], {})
+    assert {before[name] for name in names[:count]} == set(["train", "val", "test"][:count])
+    assert all(before[name] == split_by_hash(name) for name in before.keys() - lent)
+    assert len(lent) <= 2 and len(then) <= 2
+    assert {name for name in before if before[name] != after[name]} <= lent | then
+
+
+def test_divide_lends_the_nearest():
+    """The image whose hash is nearest to the empty part is lent, from train where that has two."""
+    names = [str(i) for i in range(400) if split_by_hash(str(i)) == "train"][:50]
+    splits, lent = divide([(name, "a") for name in names], {})
+    nearest = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    assert splits[nearest[0]] == "val" and splits[nearest[1]] == "test" and len(lent) == 2
+
+
+def test_divide_groups():
+    """A group of two classes is lent whole, and leaves no class without training images."""
+    pairs = [(f"{i // 2}", "ab"[i % 2]) for i in range(12)] + [("x", "c"), ("0", "c")]
+    splits, _ = divide(pairs, {})
+    for name in "abc":
+        assert "train" in {splits[unit] for unit, of in pairs if of == name}
+    fixed = {str(i): "train" for i in range(6)}
+    splits, lent = divide(pairs, fixed)
+    assert all(splits[unit] == "train" for unit in fixed) and lent <= {"x"}
+
+
+def test_grouped_folds():
+    """Groups stay whole, each image is validated once, and classes are as even as groups allow."""
+    generator = torch.Generator().manual_seed(3)
+    groups = torch.randint(0, 40, (600,), generator=generator)
+    labels = torch.randint(0, 3, (600,), generator=generator)
+    masks = [validation_mask(labels, 0.1, f"{k}/5", groups) for k in range(1, 6)]
+    assert torch.equal(sum(mask.int() for mask in masks), torch.ones(600, dtype=torch.int32))
+    for mask in [*masks, validation_mask(labels, 0.2, None, groups)]:
+        assert not set(groups[mask].tolist()) & set(groups[~mask].tolist())
+        share = labels[mask].bincount(minlength=3) / labels.bincount()
+        assert (share - 0.2).abs().max() < 0.05
+    again = validation_mask(labels, 0.1, "1/5", groups)
+    assert torch.equal(again, masks[0])
+
+
+def test_too_few_groups():
+    """A class in one group cannot be both trained on and validated, nor two groups in three."""
+    labels = torch.tensor([0, 0, 1, 1])
+    for groups, fold in (([0, 0, 1, 1], "1/2"), ([0, 1, 0, 1], "3/3")):
+        with pytest.raises(UserError, match=f"too few groups: fold {fold}"):
+            validation_mask(labels, 0.1, fold, torch.tensor(groups))

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from lenslet import errors, files, metrics, weights
-from lenslet.data import augment
+from lenslet.data import augment, layout
 from lenslet.distributed import interrupts
 from lenslet.runs import checkpoint
 from lenslet.runs import run as run_module
@@ -408,6 +408,21 @@ def test_no_resume(command, tmp_path, monkeypatch):
     assert call(*command, "--no-resume") == 0
     assert not (tmp_path / "run-3").exists()
     assert (tmp_path / "run-2" / "model.safetensors").exists()
+
+
+def test_another_division(make_folder, tmp_path, monkeypatch, capsys):
+    """A run whose folder of classes was divided otherwise does not go on as if nothing was."""
+    root = make_folder(tmp_path / "classes", {"": 13}, size=(12, 12))
+    make_folder(root, {"": 3}, classes=("wasps",), size=(12, 12))
+    command = ["--data", root, "--output", tmp_path / "run", *TINY]
+    with monkeypatch.context() as patch:
+        by_hash = {f"wasps/{i}.png": "train" for i in range(3)}
+        real = layout.divide
+        patch.setattr(layout, "divide", lambda pairs, _: real(pairs, by_hash))
+        interrupted(command, monkeypatch)
+    capsys.readouterr()
+    assert call(*command) == 2
+    assert "not the same images as before; start anew with --no-resume" in capsys.readouterr().err
 
 
 def test_changed_images(command, pictures, monkeypatch, capsys):
