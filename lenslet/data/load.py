@@ -97,10 +97,7 @@ def load(
     root = find_folder(name)
     listing = list_images(root, labels)
     classes = like["classes"] if like else list(listing.splits["train"])
-    rows = _assign(listing, classes, val, fold)
-    for split in ("train", "val"):
-        kept = subset(_labels(rows[split]), limit)
-        rows[split] = [rows[split][i] for i in kept.tolist()]
+    rows = _assign(listing, classes, val, fold, limit)
 
     # Training inspects every split: who starts it learns now of the broken files in test/ too.
     inspected = rows if "train" in wanted and not limit else wanted
@@ -121,9 +118,7 @@ def load(
     if max(image.side for image in images) <= SMALL and max(data.image_size) <= SMALL:
         _keep_in_memory(data, files, inspection)
     elif in_memory:
-        began = time.perf_counter()
         _keep_photographs(data, workers)
-        data.seconds = time.perf_counter() - began
     return data
 
 
@@ -139,8 +134,8 @@ def _labels(rows: list[tuple[Path, int]]) -> Tensor:
     return torch.tensor([label for _, label in rows])
 
 
-def _assign(listing: Listing, classes: list[str], val: float, fold: str | None) -> Rows:
-    """The images of each split, with a part of train as val where that is wanted."""
+def _assign(listing: Listing, classes: list[str], val: float, fold: str | None, limit) -> Rows:
+    """At most `limit` images of each split, with a part of train as val where that is wanted."""
     label_of = {name: label for label, name in enumerate(classes)}
     if unknown := [name for name in listing.splits["train"] if name not in label_of]:
         raise UserError(
@@ -163,6 +158,9 @@ def _assign(listing: Listing, classes: list[str], val: float, fold: str | None) 
         kept = validation_mask(_labels(rows["train"]), val, fold, groups)
         rows["val"] = list(compress(rows["train"], kept.tolist()))
         rows["train"] = list(compress(rows["train"], (~kept).tolist()))
+    for split in ("train", "val"):
+        kept = subset(_labels(rows[split]), limit)
+        rows[split] = [rows[split][i] for i in kept.tolist()]
     return rows
 
 
@@ -229,6 +227,7 @@ def _keep_photographs(data: Data, workers: int) -> None:
     """Replace the files to train on by whole images, squeezed, with a margin for random crops, and
     those to validate on by what predict.py reads of them.
     """
+    began = time.perf_counter()
     for name, split in data.splits.items():
         size, crop = data.image_size, data.crop
         if name == "train":
@@ -236,6 +235,7 @@ def _keep_photographs(data: Data, workers: int) -> None:
         images, aspects = decode_all(split.images, data.channels, size, crop, workers)
         split.images, split.rows = images, torch.arange(len(split))
         split.aspects = aspects if name == "train" else None
+    data.seconds = time.perf_counter() - began
 
 
 def _digest(splits: dict[str, Split], inspection: Inspection, classes: list[str] | None) -> str:

@@ -166,7 +166,7 @@ def _network_arguments(args, inputs: Inputs, width: int | None = None) -> dict:
     if known.get("model") == args.model:
         arguments = known["model_args"]
     else:
-        arguments = newest_arguments(args.model, size)
+        arguments = newest_arguments(args.model, size, data.splits["train"].is_cropped)
     arguments = arguments | {"classes": len(data.classes), "channels": data.channels, "size": size}
     if width := width or args.width:
         arguments["width"] = width

@@ -493,11 +493,11 @@ def test_any_network_and_optimizer(pictures, tmp_path, monkeypatch, words):
     assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_photographs(make_folder, tmp_path, monkeypatch, workers):
+@pytest.mark.parametrize("reading", ["--in-memory", "--no-in-memory", "--no-in-memory --workers 2"])
+def test_photographs(make_folder, tmp_path, monkeypatch, reading):
     """Random crops of photographs go on in mid-epoch too, whoever decodes them."""
     photos = make_folder(tmp_path / "photos", {"train": 9, "val": 2}, size=(90, 70), suffix=".jpg")
-    command = ["--data", photos, *TINY, "--image-size", "32", "--epochs", "2", "--workers", workers]
+    command = ["--data", photos, *TINY, "--image-size", "32", "--epochs", "2", *reading.split()]
     assert call(*command, "--output", tmp_path / "whole") == 0
     interrupted([*command, "--output", tmp_path / "run", "--save-every", "1"], monkeypatch, 2)
     assert call(*command, "--output", tmp_path / "run") == 0
@@ -587,6 +587,7 @@ def test_vanished_image(make_folder, tmp_path, monkeypatch, capsys):
     lost = photos / "train" / "bees" / "3.jpg"
     at_call(monkeypatch, 3, interrupts.Interrupts, "agree", lambda: lost.unlink(missing_ok=True))
     words = ["--data", photos, "--output", tmp_path / "run", *TINY, "--image-size", "32"]
+    words += ["--no-in-memory"]
     assert call(*words) == 1
     error = capsys.readouterr().err
     assert str(lost) in error and len(error.splitlines()) == 1
@@ -598,6 +599,7 @@ def test_vanished_image_with_workers(make_folder, tmp_path):
     photos = make_folder(tmp_path / "photos", {"train": 9, "val": 2}, size=(90, 70), suffix=".jpg")
     lost = photos / "train" / "bees" / "3.jpg"
     words = ["--data", photos, "--output", tmp_path / "run", *TINY, "--image-size", "32"]
+    words += ["--no-in-memory"]
     words += ["--workers", "2"]
     program = f"""
 import sys

@@ -19,7 +19,7 @@ def quick(monkeypatch):
     """Nobody is asked for weights, and the candidates are small."""
     monkeypatch.setattr(decide, "find_pretrained", lambda models: (None, "no weights to be had"))
     small, large = (decide.Candidate("fastnet", side, 8) for side in (32, 40))
-    monkeypatch.setattr(decide, "SCRATCH", ((small, 0), (large, 5)))
+    monkeypatch.setattr(decide, "SCRATCH", ((small, 0), (large, 80)))
 
 
 @pytest.fixture
