@@ -8,8 +8,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lenslet.fonts import font_for
-
 
 def draw_grid(
     images: Iterable[Tensor],
@@ -39,8 +37,7 @@ def draw_grid(
         sheet.paste(Image.fromarray(pixels).resize(shape, method), (left, upper + tile - shape[1]))
         colour = "#c00000" if wrong and wrong[i] else "black"
         for k, text in enumerate(caption.split("\n")):
-            face = font_for(text, 11) or font
-            draw.text((left, upper + tile + k * line), shorten(text, face, tile), colour, face)
+            draw.text((left, upper + tile + k * line), shorten(text, font, tile), colour, font)
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
 
 

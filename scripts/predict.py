@@ -67,7 +67,7 @@ def main(argv=None) -> int:
     network = model.to(device), prepare.to(device)
     answers = predict(*network, header, files, top, precision, args.max_pixels)
     if args.grid:
-        answers = draw(answers, Path(args.grid), header["classes"], args.max_pixels)
+        answers = draw(answers, Path(args.grid), args.max_pixels)
     answered = write(answers, args.format, top)
     return 0 if answered == len(files) else 1
 
@@ -126,7 +126,7 @@ def predict(
 
 
 def draw(
-    answers: Iterable[tuple[str, list]], path: Path, classes: list[str], most: int | None
+    answers: Iterable[tuple[str, list]], path: Path, most: int | None
 ) -> Iterator[tuple[str, list]]:
     """Pass predict()'s answers on, and then draw the first SHEET images with theirs on one sheet.
 
@@ -136,7 +136,6 @@ def draw(
 
     from lenslet.data.decode import UnreadableImage, read_image
     from lenslet.files import atomic_write
-    from lenslet.fonts import legible
     from lenslet.grid import draw_grid, encode_png
 
     def whole(file):
@@ -146,15 +145,11 @@ def draw(
             print(f"{path}: without a picture: {error}", file=sys.stderr)
             return torch.full((3, 1, 1), 255, dtype=torch.uint8)
 
-    drawn, note = legible(classes)
-    if note:
-        print(f"{path}: {note}", file=sys.stderr)
-    names, files, captions = dict(zip(classes, drawn, strict=True)), [], []
+    files, captions = [], []
     for file, ranked in answers:
         yield file, ranked
         files.append(file)
-        name, probability = ranked[0]
-        captions.append(f"{names[name]}\n{probability:.2%}")
+        captions.append("{}\n{:.2%}".format(*ranked[0]))
     if files:  # whole images, read again one by one: all at once may not fit into memory
         sheet = draw_grid(map(whole, files[:SHEET]), captions[:SHEET])
         atomic_write(path, encode_png(sheet))

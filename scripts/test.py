@@ -120,7 +120,6 @@ def open_split(args, weights: Path, header: dict, trained: dict, workers: int) -
     from lenslet.data.layout import find_folder
     from lenslet.data.load import choose_data, load
     from lenslet.data.sets import is_set
-    from lenslet.fonts import legible
 
     name = args.data or header["data"]
     how = {"val": trained["val"], "like": header, "workers": workers}
@@ -142,7 +141,6 @@ def open_split(args, weights: Path, header: dict, trained: dict, workers: int) -
         validated = (trained["val"] or trained["fold"]) and trained["keep"] != "last"
         why = ", by which the weights were chosen" if validated else ""
         data.notes.append(f"{name} has no test images: these are the validation images{why}")
-    data.notes += filter(None, [legible(data.classes)[1]])
     return data, split
 
 

@@ -14,7 +14,6 @@ from lenslet.data.batches import Data, evenly_spaced
 from lenslet.data.decode import UnreadableImage, read_image
 from lenslet.errors import counted
 from lenslet.files import atomic_write
-from lenslet.fonts import font_for, legible
 from lenslet.grid import draw_grid, encode_png, shorten
 from lenslet.metrics import COLUMNS
 
@@ -74,7 +73,7 @@ def draw_predictions(data: Data, split: str, rows: Tensor) -> Tensor:
     Mistakes come first, in red, the most confident one at the front; then right answers from the
     whole split, as far as there is room.
     """
-    (classes, _), mistaken = legible(data.classes), rows[:, 1] != rows[:, 2]
+    classes, mistaken = data.classes, rows[:, 1] != rows[:, 2]
     mistakes, right = (kind.nonzero()[:, 0] for kind in (mistaken, ~mistaken))
     mistakes = mistakes[rows[mistakes, 4].argsort(descending=True, stable=True)]
     room = max(0, SHOWN - len(mistakes))
@@ -157,13 +156,9 @@ def draw_confusion(counts: Tensor, classes: list[str]) -> Tensor:
     full = np.where(np.eye(count, dtype=bool)[..., None], (8, 69, 148), (165, 15, 21))
     cells = Image.fromarray((255 + share * (full - 255)).round().astype(np.uint8))
     side = 48 if count <= LEGIBLE else max(1, 800 // count)
-    font, line, names = ImageFont.load_default(12), 18, []
-    if count <= LEGIBLE:
-        drawn, _ = legible(classes)
-        faces = [font_for(name, 12) for name in drawn]
-        names = [shorten(name, face, 140) for name, face in zip(drawn, faces, strict=True)]
-        lengths = [face.getlength(name) for name, face in zip(names, faces, strict=True)]
-    margin = 2 * line + (round(max(lengths)) if names else 0)
+    font, line = ImageFont.load_default(12), 18
+    names = [shorten(name, font, 140) for name in classes] if count <= LEGIBLE else []
+    margin = 2 * line + max((round(font.getlength(name)) for name in names), default=0)
     sheet = Image.new("RGB", (margin + count * side + line,) * 2, "white")
     sheet.paste(cells.resize((count * side,) * 2, Image.Resampling.NEAREST), (margin, margin))
 
@@ -176,7 +171,7 @@ def draw_confusion(counts: Tensor, classes: list[str]) -> Tensor:
             edge, middle = sheet.width - edge, sheet.width - middle
         draw.text((middle, line / 2), title, "black", font, anchor="mm")
         for i, name in enumerate(names):
-            draw.text((edge, margin + (i + 0.5) * side), name, "black", faces[i], anchor=anchor)
+            draw.text((edge, margin + (i + 0.5) * side), name, "black", font, anchor=anchor)
         sheet = sheet.rotate(-90)
     sheet = sheet.rotate(180)
     draw = ImageDraw.Draw(sheet)

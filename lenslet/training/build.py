@@ -17,7 +17,6 @@ from lenslet.data.load import load
 from lenslet.data.prepare import Prepare, channel_statistics
 from lenslet.distributed import start
 from lenslet.errors import UserError, error_context
-from lenslet.fonts import legible
 from lenslet.metrics import evaluation_batch
 from lenslet.training import checks, losses, options, pretrained
 from lenslet.training.clock import WIDTHS, Plan, choose, measure_speed
@@ -88,7 +87,6 @@ def read_inputs(args, accelerator: Accelerator, decision: Decision) -> Inputs:
     val_batch = evaluation_batch(args.batch_size, args.accumulate, world, not train.is_cropped)
     loader = data.loader("train", args.batch_size, seed=args.seed, augment=args.augment, **shared)
     data.notes = [*decision.notes, *data.notes]
-    data.notes += filter(None, [legible(data.classes)[1]])
     data.notes += checks.cautions(args, counts, len(loader) * args.epochs)
     val_loader = data.loader("val", val_batch, **shared) if "val" in data.splits else None
     sha256 = {"images": data.sha256, "image weights": weights_sha256}
