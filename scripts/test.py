@@ -43,6 +43,7 @@ def main(argv=None):
     from lenslet.analysis.report import LEGIBLE, write_report, write_samples
     from lenslet.data.augment import tta_views
     from lenslet.distributed import start
+    from lenslet.fonts import drawable
     from lenslet.metrics import evaluate, evaluation_batch, figures
     from lenslet.runs.folder import weights_path
     from lenslet.training import options
@@ -62,7 +63,8 @@ def main(argv=None):
     opened = partial(open_split, args, weights, header, trained, workers)
     data, split = start.main_process_first(accelerator, opened)
     part = data.splits[split]
-    for note in filter(None, [using, caution(header), *data.notes]):
+    unknown = drawable(data.classes)[1]
+    for note in filter(None, [using, caution(header), *data.notes, *unknown]):
         accelerator.print(note)
     if args.tta:
         check_tta(trained["augment"], part.in_memory)

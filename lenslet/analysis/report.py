@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lenslet.data.batches import Data, evenly_spaced
 from lenslet.data.decode import UnreadableImage, read_image
 from lenslet.errors import counted
 from lenslet.files import atomic_write
+from lenslet.fonts import drawable, font_for
 from lenslet.grid import draw_grid, encode_png, shorten
 from lenslet.metrics import COLUMNS
 
@@ -73,7 +74,7 @@ def draw_predictions(data: Data, split: str, rows: Tensor) -> Tensor:
     Mistakes come first, in red, the most confident one at the front; then right answers from the
     whole split, as far as there is room.
     """
-    classes, mistaken = data.classes, rows[:, 1] != rows[:, 2]
+    classes, mistaken = drawable(data.classes)[0], rows[:, 1] != rows[:, 2]
     mistakes, right = (kind.nonzero()[:, 0] for kind in (mistaken, ~mistaken))
     mistakes = mistakes[rows[mistakes, 4].argsort(descending=True, stable=True)]
     room = max(0, SHOWN - len(mistakes))
@@ -156,9 +157,11 @@ def draw_confusion(counts: Tensor, classes: list[str]) -> Tensor:
     full = np.where(np.eye(count, dtype=bool)[..., None], (8, 69, 148), (165, 15, 21))
     cells = Image.fromarray((255 + share * (full - 255)).round().astype(np.uint8))
     side = 48 if count <= LEGIBLE else max(1, 800 // count)
-    font, line = ImageFont.load_default(12), 18
-    names = [shorten(name, font, 140) for name in classes] if count <= LEGIBLE else []
-    margin = 2 * line + max((round(font.getlength(name)) for name in names), default=0)
+    font, line = font_for("", 12), 18
+    names = drawable(classes)[0] if count <= LEGIBLE else []
+    names = [shorten(name, font_for(name, 12), 140) for name in names]
+    widths = [round(font_for(name, 12).getlength(name)) for name in names]
+    margin = 2 * line + max(widths, default=0)
     sheet = Image.new("RGB", (margin + count * side + line,) * 2, "white")
     sheet.paste(cells.resize((count * side,) * 2, Image.Resampling.NEAREST), (margin, margin))
 
@@ -171,7 +174,8 @@ def draw_confusion(counts: Tensor, classes: list[str]) -> Tensor:
             edge, middle = sheet.width - edge, sheet.width - middle
         draw.text((middle, line / 2), title, "black", font, anchor="mm")
         for i, name in enumerate(names):
-            draw.text((edge, margin + (i + 0.5) * side), name, "black", font, anchor=anchor)
+            at, own = (edge, margin + (i + 0.5) * side), font_for(name, 12)
+            draw.text(at, name, "black", own, anchor=anchor)
         sheet = sheet.rotate(-90)
     sheet = sheet.rotate(180)
     draw = ImageDraw.Draw(sheet)
