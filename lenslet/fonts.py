@@ -24,34 +24,31 @@ def drawable(names: list[str]) -> tuple[list[str], list[str]]:
     A name that no font of this system can draw becomes its index: "class 3".
     """
     names = [unicodedata.normalize("NFC", name) for name in names]  # macOS takes é apart
-    if lacking := frozenset(name for name in names if not _find(name)):
-        _search(lacking)
-    shown = [name if _find(name) else f"class {k}" for k, name in enumerate(names)]
-    replaced = [pair for pair in zip(names, shown, strict=True) if pair[0] != pair[1]]
-    if not replaced:
-        return shown, []
-    name, number = replaced[0]
+    _search(frozenset(names))
+    shown = [name if _find(name, _used) else f"class {k}" for k, name in enumerate(names)]
+    lost = [pair for pair in zip(shown, names, strict=True) if pair[0] != pair[1]]
+    few = f"{len(lost)} of {len(names)} class names: no font here can draw them"
     remedy = "install one, such as Noto" + ("" if SHAPES else ", and libraqm for joined letters")
-    few = f"{len(replaced)} of {len(names)} class names: no font here can draw them"
-    return shown, [f"pictures have numbers for {few} ({number} is {name!r}); {remedy}"]
+    notes = [f"pictures have numbers for {few} ({k} is {name!r}); {remedy}" for k, name in lost[:1]]
+    return shown, notes
 
 
 def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
     """The font of so many pixels for a line with a name that drawable() returned."""
-    return _load(*(_find(text) or _used[0]), size, None)
+    return _load(*(_find(text, _used) or _used[0]), size, None)
 
 
-def _find(text: str) -> tuple[str, int] | None:
-    """The first font in use that has all of a text."""
-    return next((face for face in _used if all(_has(*face, c) for c in text + ADDED)), None)
+def _find(text: str, faces: list[tuple[str, int]]) -> tuple[str, int] | None:
+    """The first of these fonts that covers a text."""
+    return next((face for face in faces if all(_has(*face, c) for c in text + ADDED)), None)
 
 
 @functools.cache
-def _search(lacking: frozenset[str]) -> None:
-    """Take fonts of the system into use until they have all of these names, or time is up."""
-    left, end = set(lacking), time.monotonic() + SECONDS
-    for face in candidates("".join(lacking)):
-        if drawn := {name for name in left if all(_has(*face, c) for c in name + ADDED)}:
+def _search(names: frozenset[str]) -> None:
+    """Take fonts of the system into use until they cover all of these names, or time is up."""
+    left, end = {name for name in names if not _find(name, _used)}, time.monotonic() + SECONDS
+    for face in candidates("".join(left)) if left else ():
+        if drawn := {name for name in left if _find(name, [face])}:
             _used.append(face)
             left -= drawn
         if not left or time.monotonic() > end:
@@ -61,8 +58,7 @@ def _search(lacking: frozenset[str]) -> None:
 def candidates(text: str) -> Iterator[tuple[str, int]]:
     """(file, index) of fonts: those that fontconfig prefers for a text, then all in FOLDERS."""
     charset = " ".join(f"{ord(c):x}" for c in sorted(set(text))[:2000])  # fits into an argument
-    wanted = f"sans-serif:scalable=true:charset={charset}"
-    command = ["fc-match", "-s", "--format=%{file}\t%{index}\n", wanted]
+    command = ["fc-match", "-s", "-f", "%{file}\t%{index}\n", f":scalable=true:charset={charset}"]
     try:
         listed = subprocess.run(command, capture_output=True, timeout=SECONDS / 2).stdout
     except (OSError, subprocess.SubprocessError):
@@ -72,7 +68,8 @@ def candidates(text: str) -> Iterator[tuple[str, int]]:
     shared = os.environ.get("XDG_DATA_DIRS", "").split(":")
     for folder in [*FOLDERS.split(), *(f"{path}/fonts" for path in shared if path)]:
         for place, _, files in os.walk(os.path.expanduser(folder)):
-            for file in sorted(files, key=len):  # Some.ttf before SomeBold.ttf
+            # Some-Regular.ttf before Some-Bold.ttf, and Some.ttf before SomeBold.ttf.
+            for file in sorted(files, key=lambda file: ("Regular" not in file, len(file))):
                 if re.search(r"(?i)^(?!lastresort).*\.(ttf|otf|ttc|otc)$", file):
                     yield os.path.join(place, file), 0
 

@@ -149,8 +149,7 @@ def draw(
 
     files, captions, (names, notes) = [], [], drawable(classes)
     shown = dict(zip(classes, names, strict=True))
-    for note in notes:
-        print(note, file=sys.stderr)
+    sys.stderr.writelines(f"{note}\n" for note in notes)
     for file, ranked in answers:
         yield file, ranked
         files.append(file)

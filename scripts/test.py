@@ -43,7 +43,6 @@ def main(argv=None):
     from lenslet.analysis.report import LEGIBLE, write_report, write_samples
     from lenslet.data.augment import tta_views
     from lenslet.distributed import start
-    from lenslet.fonts import drawable
     from lenslet.metrics import evaluate, evaluation_batch, figures
     from lenslet.runs.folder import weights_path
     from lenslet.training import options
@@ -63,8 +62,7 @@ def main(argv=None):
     opened = partial(open_split, args, weights, header, trained, workers)
     data, split = start.main_process_first(accelerator, opened)
     part = data.splits[split]
-    unknown = drawable(data.classes)[1]
-    for note in filter(None, [using, caution(header), *data.notes, *unknown]):
+    for note in filter(None, [using, caution(header), *data.notes]):
         accelerator.print(note)
     if args.tta:
         check_tta(trained["augment"], part.in_memory)

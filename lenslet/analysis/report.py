@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -108,12 +109,12 @@ def predictions_csv(rows: Tensor, names: list[str], classes: list[str]) -> str:
 
 def figures_table(result: dict, classes: list[str]) -> str:
     """The figures of every class and of all, to read."""
-    width = max(8, *(len(name) for name in classes))
+    width = max(8, *map(columns, classes))
     means = {key: result[f"macro_{key}"] for key in ("precision", "recall", "f1")}
     whole = {"images": result["images"], "accuracy": result["top1"], **means}
     lines = [f"{'class':{width}}  images  accuracy  precision  recall      F1"]
     for name, row in zip([*classes, "all"], [*result["per_class"], whole], strict=True):
-        line = f"{name:{width}}  {row['images']:6,}"
+        line = f"{name}{' ' * (width - columns(name))}  {row['images']:6,}"
         for key, room in (("accuracy", 8), ("precision", 9), ("recall", 6), ("f1", 6)):
             share = "–" if row[key] is None else f"{row[key]:.2%}"
             line += f"  {share:>{room}}"
@@ -121,6 +122,12 @@ def figures_table(result: dict, classes: list[str]) -> str:
     met = sum(row["images"] > 0 for row in result["per_class"])
     some = f" of the {counted(met, 'class', 'classes')} with images" if met < len(classes) else ""
     return "\n".join(lines) + f"   (macro means{some})"
+
+
+def columns(text: str) -> int:
+    """Columns of a terminal: two for a Chinese character, none for an accent on another one."""
+    seen = [c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in seen)
 
 
 def summary(result: dict, name: str) -> str:

@@ -19,7 +19,6 @@ from lenslet.data.prepare import Prepare, channel_statistics
 from lenslet.distributed import start
 from lenslet.distributed.determinism import compute_deterministically
 from lenslet.errors import UserError, error_context
-from lenslet.fonts import drawable
 from lenslet.metrics import evaluation_batch
 from lenslet.training import checks, losses, options, pretrained
 from lenslet.training.clock import Plan, choose_width, measure_speed
@@ -116,7 +115,6 @@ def read_inputs(args, accelerator: Accelerator) -> Inputs:
     val_batch = evaluation_batch(args.batch_size, args.accumulate, world, train.in_memory)
     loader = data.loader("train", args.batch_size, seed=args.seed, augment=args.augment, **shared)
     data.notes += checks.cautions(args, counts, len(loader) * args.epochs)
-    data.notes += drawable(data.classes)[1]
     val_loader = data.loader("val", val_batch, **shared) if "val" in data.splits else None
     sha256 = {"images": data.sha256, "image weights": weights_sha256}
     sha256["teacher"] = teacher and teacher[2]["sha256"]
