@@ -95,12 +95,11 @@ def test_letters_that_join(system, monkeypatch, dejavu, shapes):
     fonts._has.cache_clear()
 
 
-def test_a_search_ends(system, monkeypatch):
+def test_a_search_ends(system, monkeypatch, dejavu):
     """Fonts are searched for SECONDS at most."""
-    system()
-    monkeypatch.setattr(fonts, "SECONDS", 0)
-    monkeypatch.setattr(fonts, "candidates", lambda text: iter(lambda: ("gone.ttf", 0), None))
-    assert fonts.drawable(["猫"])[0] == ["class 0"]
+    system("gone.ttf", dejavu)
+    monkeypatch.setattr(fonts, "SECONDS", -1)
+    assert fonts.drawable(["кошка"])[0] == ["class 0"]
 
 
 def test_candidates(tmp_path, monkeypatch):
@@ -148,7 +147,7 @@ def test_odd_names_can_be_drawn(system, dejavu, has):
 
 def test_other_fonts_keep_the_lines(system, dejavu):
     """A line of another font stands on the same base line, and is cut to the same width."""
-    system(dejavu)
+    system(dejavu.replace("DejaVuSans", "STIXGeneral"))  # its letters begin deeper below its top
     image = torch.full((3, 8, 8), 255, dtype=torch.uint8)
     drawn = []
     for name in ("xx", "хх", "хх" * 100):  # Latin, and twice Cyrillic
@@ -159,11 +158,35 @@ def test_other_fonts_keep_the_lines(system, dejavu):
     assert drawn[2].any(0).nonzero().max() < 8 + 112 and not torch.equal(drawn[0], drawn[1])
 
 
-def test_commands_with_such_names(system, make_folder, tmp_path, capsys):
-    """What has no font is said once by each command that draws; tables, CSV files and answers have
-    every name.
+def test_pictures_have_the_letters(system, dejavu):
+    """Other letters make another picture, and with no font a class has its number."""
+    image, cells = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.eye(2, dtype=torch.int64)
+    system(dejavu)
+    names = ["ж", "д"], ["ф", "д"]
+    assert fonts.drawable(names[0] + names[1])[1] == []
+    grids = [draw_grid([image] * 2, some) for some in names]
+    matrices = [draw_confusion(cells, some) for some in names]
+    assert not torch.equal(*grids) and not torch.equal(*matrices)
+    system()
+    assert torch.equal(draw_confusion(cells, names[0]), draw_confusion(cells, names[1]))
+    assert torch.equal(
+        draw_confusion(cells, names[0]), draw_confusion(cells, ["class 0", "class 1"])
+    )
+
+
+def test_commands_with_such_names(system, make_folder, tmp_path, capsys, monkeypatch):
+    """What has no font is said once by each command that draws, and pictures have numbers; tables,
+    CSV files and answers have every name.
     """
     system()
+    drawn = []
+
+    def record(images, captions, *others):
+        drawn.append({line for caption in captions for line in caption.split("\n")})
+        return draw_grid(images, captions, *others)
+
+    for module in ("grid", "runs.summary", "analysis.report"):
+        monkeypatch.setattr(f"lenslet.{module}.draw_grid", record)
     names = ["кошка", "猫"]
     pictures = make_folder(tmp_path / "pictures", {"train": 8, "test": 2}, tuple(names))
     run, sheet = tmp_path / "run", tmp_path / "sheet.png"
@@ -181,4 +204,5 @@ def test_commands_with_such_names(system, make_folder, tmp_path, capsys):
     text = (run / "report" / "predictions.csv").read_bytes().decode("utf-8")
     rows = list(csv.DictReader(text.splitlines()))
     assert list(rows[0])[4:] == names and [row["label"] for row in rows[::2]] == names
-    assert sheet.is_file()
+    assert sheet.is_file() and len(drawn) == 3
+    assert all("class 0" in lines and "".join(lines).isascii() for lines in drawn)
