@@ -8,6 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lenslet.fonts import font_for
+
 
 def draw_grid(
     images: Iterable[Tensor],
@@ -18,7 +20,7 @@ def draw_grid(
     """A grid of images with a caption below each, uint8 [3, H', W'].
 
     images: uint8 [1 or 3, H, W] each, a caption for each, whose lines are cut to the width of an
-    image; wrong: whose captions are red.
+    image, with class names from fonts.drawable(); wrong: whose captions are red.
     """
     tile, line, font = 112, 14, ImageFont.load_default(11)
     across, count = min(8, len(captions)), len(captions)
@@ -37,7 +39,8 @@ def draw_grid(
         sheet.paste(Image.fromarray(pixels).resize(shape, method), (left, upper + tile - shape[1]))
         colour = "#c00000" if wrong and wrong[i] else "black"
         for k, text in enumerate(caption.split("\n")):
-            draw.text((left, upper + tile + k * line), shorten(text, font, tile), colour, font)
+            own, base = font_for(text, 11), upper + tile + k * line + font.getmetrics()[0]
+            draw.text((left, base), shorten(text, own, tile), colour, own, anchor="ls")
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
 
 

@@ -67,7 +67,7 @@ def main(argv=None) -> int:
     network = model.to(device), prepare.to(device)
     answers = predict(*network, header, files, top, precision, args.max_pixels)
     if args.grid:
-        answers = draw(answers, Path(args.grid), args.max_pixels)
+        answers = draw(answers, header["classes"], Path(args.grid), args.max_pixels)
     answered = write(answers, args.format, top)
     return 0 if answered == len(files) else 1
 
@@ -126,16 +126,18 @@ def predict(
 
 
 def draw(
-    answers: Iterable[tuple[str, list]], path: Path, most: int | None
+    answers: Iterable[tuple[str, list]], classes: list[str], path: Path, most: int | None
 ) -> Iterator[tuple[str, list]]:
     """Pass predict()'s answers on, and then draw the first SHEET images with theirs on one sheet.
 
-    From which image on they are left out is said on standard error.  most: see read_image().
+    From which image on they are left out is said on standard error, and which names cannot be
+    drawn.  most: see read_image().
     """
     import torch
 
     from lenslet.data.decode import UnreadableImage, read_image
     from lenslet.files import atomic_write
+    from lenslet.fonts import drawable
     from lenslet.grid import draw_grid, encode_png
 
     def whole(file):
@@ -145,11 +147,13 @@ def draw(
             print(f"{path}: without a picture: {error}", file=sys.stderr)
             return torch.full((3, 1, 1), 255, dtype=torch.uint8)
 
-    files, captions = [], []
+    files, captions, (names, notes) = [], [], drawable(classes)
+    shown = dict(zip(classes, names, strict=True))
+    sys.stderr.writelines(f"{note}\n" for note in notes)
     for file, ranked in answers:
         yield file, ranked
         files.append(file)
-        captions.append("{}\n{:.2%}".format(*ranked[0]))
+        captions.append(f"{shown[ranked[0][0]]}\n{ranked[0][1]:.2%}")
     if files:  # whole images, read again one by one: all at once may not fit into memory
         sheet = draw_grid(map(whole, files[:SHEET]), captions[:SHEET])
         atomic_write(path, encode_png(sheet))

@@ -11,6 +11,7 @@ from lenslet import files
 
 # A module may import from the levels below it, and from its own folder.
 LEVELS = [
+    ["lenslet.fonts"],
     ["lenslet.files", "lenslet.grid", "lenslet.errors"],
     ["lenslet.header"],
     ["lenslet.weights", "lenslet.stems", "lenslet.libraries", "lenslet.cli"],

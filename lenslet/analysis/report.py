@@ -3,17 +3,19 @@
 import csv
 import io
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lenslet.data.batches import Data, evenly_spaced
 from lenslet.data.decode import UnreadableImage, read_image
 from lenslet.errors import counted
 from lenslet.files import atomic_write
+from lenslet.fonts import drawable, font_for
 from lenslet.grid import draw_grid, encode_png, shorten
 from lenslet.metrics import COLUMNS
 
@@ -73,7 +75,7 @@ def draw_predictions(data: Data, split: str, rows: Tensor) -> Tensor:
     Mistakes come first, in red, the most confident one at the front; then right answers from the
     whole split, as far as there is room.
     """
-    classes, mistaken = data.classes, rows[:, 1] != rows[:, 2]
+    classes, mistaken = drawable(data.classes)[0], rows[:, 1] != rows[:, 2]
     mistakes, right = (kind.nonzero()[:, 0] for kind in (mistaken, ~mistaken))
     mistakes = mistakes[rows[mistakes, 4].argsort(descending=True, stable=True)]
     room = max(0, SHOWN - len(mistakes))
@@ -107,12 +109,12 @@ def predictions_csv(rows: Tensor, names: list[str], classes: list[str]) -> str:
 
 def figures_table(result: dict, classes: list[str]) -> str:
     """The figures of every class and of all, to read."""
-    width = max(8, *(len(name) for name in classes))
+    width = max(8, *map(columns, classes))
     means = {key: result[f"macro_{key}"] for key in ("precision", "recall", "f1")}
     whole = {"images": result["images"], "accuracy": result["top1"], **means}
     lines = [f"{'class':{width}}  images  accuracy  precision  recall      F1"]
     for name, row in zip([*classes, "all"], [*result["per_class"], whole], strict=True):
-        line = f"{name:{width}}  {row['images']:6,}"
+        line = f"{name}{' ' * (width - columns(name))}  {row['images']:6,}"
         for key, room in (("accuracy", 8), ("precision", 9), ("recall", 6), ("f1", 6)):
             share = "–" if row[key] is None else f"{row[key]:.2%}"
             line += f"  {share:>{room}}"
@@ -120,6 +122,12 @@ def figures_table(result: dict, classes: list[str]) -> str:
     met = sum(row["images"] > 0 for row in result["per_class"])
     some = f" of the {counted(met, 'class', 'classes')} with images" if met < len(classes) else ""
     return "\n".join(lines) + f"   (macro means{some})"
+
+
+def columns(text: str) -> int:
+    """Columns of a terminal: two for a Chinese character, none for an accent on another one."""
+    seen = [c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf")]
+    return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in seen)
 
 
 def summary(result: dict, name: str) -> str:
@@ -156,9 +164,11 @@ def draw_confusion(counts: Tensor, classes: list[str]) -> Tensor:
     full = np.where(np.eye(count, dtype=bool)[..., None], (8, 69, 148), (165, 15, 21))
     cells = Image.fromarray((255 + share * (full - 255)).round().astype(np.uint8))
     side = 48 if count <= LEGIBLE else max(1, 800 // count)
-    font, line = ImageFont.load_default(12), 18
-    names = [shorten(name, font, 140) for name in classes] if count <= LEGIBLE else []
-    margin = 2 * line + max((round(font.getlength(name)) for name in names), default=0)
+    font, line = font_for("", 12), 18
+    names = drawable(classes)[0] if count <= LEGIBLE else []
+    names = [shorten(name, font_for(name, 12), 140) for name in names]
+    widths = [round(font_for(name, 12).getlength(name)) for name in names]
+    margin = 2 * line + max(widths, default=0)
     sheet = Image.new("RGB", (margin + count * side + line,) * 2, "white")
     sheet.paste(cells.resize((count * side,) * 2, Image.Resampling.NEAREST), (margin, margin))
 
@@ -171,7 +181,8 @@ def draw_confusion(counts: Tensor, classes: list[str]) -> Tensor:
             edge, middle = sheet.width - edge, sheet.width - middle
         draw.text((middle, line / 2), title, "black", font, anchor="mm")
         for i, name in enumerate(names):
-            draw.text((edge, margin + (i + 0.5) * side), name, "black", font, anchor=anchor)
+            at, own = (edge, margin + (i + 0.5) * side), font_for(name, 12)
+            draw.text(at, name, "black", own, anchor=anchor)
         sheet = sheet.rotate(-90)
     sheet = sheet.rotate(180)
     draw = ImageDraw.Draw(sheet)

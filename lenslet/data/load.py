@@ -23,6 +23,7 @@ from lenslet.data.layout import Listing, find_folder, list_folder, name_in
 from lenslet.data.split import subset, validation_mask
 from lenslet.data.verify import Inspection, inspect_images
 from lenslet.errors import OutsideError, UserError, counted, error_context
+from lenslet.fonts import drawable
 
 # The recipe that supplies the defaults for a named set; a folder's follows from its images.
 RECIPES = {name: name for name in sets.SETS} | {"cifar100": "cifar10", "fashion-mnist": "mnist"}
@@ -103,7 +104,7 @@ def load(
     inspected = rows if "train" in wanted and not limit else wanted
     files = sorted({file for split in inspected for file, _ in rows[split]})
     inspection = inspect_images(files, SMALL, lenslet.files.DATA / "inspected.json", workers)
-    notes = listing.notes + _broken_notes(inspection, skip_broken)
+    notes = listing.notes + _broken_notes(inspection, skip_broken) + drawable(classes)[1]
     rows = _readable(rows, wanted, inspection, classes)
     data = Data(name, classes, 0, (0, 0), crop, {}, "", notes)
     if not rows:

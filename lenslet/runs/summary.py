@@ -10,6 +10,7 @@ from lenslet.cli import command
 from lenslet.data.batches import Data
 from lenslet.errors import counted
 from lenslet.files import shown
+from lenslet.fonts import drawable
 from lenslet.grid import draw_grid
 
 
@@ -128,6 +129,6 @@ def image_grid(prepare, images: Tensor, targets: Tensor, classes: list[str]) -> 
 
     images uint8 [B, C, H, W], targets float [B, classes].
     """
-    shown = prepare.undo(prepare(images[:32])).cpu()
+    shown, classes = prepare.undo(prepare(images[:32])).cpu(), drawable(classes)[0]
     names = ["\n".join(classes[c] for c in row.nonzero()) for row in targets[:32].cpu()]
     return draw_grid(shown, names)

@@ -192,6 +192,17 @@ def test_table_and_summary():
     assert figures_table(one, list("abcdef")).endswith("(macro means of the 1 class with images)")
 
 
+def test_figures_of_wide_names():
+    """Columns stay aligned where a character is two columns wide, or none."""
+    result = figures(ROWS.double(), 2)
+    plain, wide = (
+        [line[len(name) :] for name, line in zip(names, lines[1:3], strict=True)]
+        for names in (["ants", "a long name"], ["猫猫", "한국어 cafe\u0301"])
+        for lines in [figures_table(result, names).splitlines()]
+    )
+    assert plain == wide
+
+
 @pytest.mark.parametrize("classes", [5, 6])
 def test_top5_of_few_classes(classes):
     """With five classes or fewer the top-5 accuracy is always 1: the line is without, the figures
