@@ -65,13 +65,15 @@ def test_new_networks_and_those_of_weights():
     of their kind and width, but for --width.
     """
 
-    def arguments(pretrained=None, planned=None, model="fastnet", **given):
-        data = SimpleNamespace(classes=["a", "b"], channels=1, image_size=(20, 30))
+    def arguments(pretrained=None, planned=None, model="fastnet", cropped=False, **given):
+        splits = {"train": SimpleNamespace(is_cropped=cropped)}
+        data = SimpleNamespace(classes=["a", "b"], channels=1, image_size=(20, 30), splits=splits)
         inputs = SimpleNamespace(data=data, pretrained_header=pretrained or {}, planned=planned)
         args = SimpleNamespace(**{"model": model, "image_size": None, "width": None} | given)
         found = build._network_arguments(args, inputs)
-        assert {"classes": 2, "channels": 1, "size": (20, 30)}.items() <= found.items()
-        return {key: found[key] for key in found if key in ("width", "activation")}
+        size = (given["image_size"],) * 2 if "image_size" in given else (20, 30)
+        assert {"classes": 2, "channels": 1, "size": size}.items() <= found.items()
+        return {key: found[key] for key in found if key in ("width", "activation", "patch")}
 
     old = {"model": "fastnet", "model_args": {"classes": 3, "size": [8, 8], "width": 24}}
     assert arguments() == {"activation": "silu"}
@@ -80,3 +82,5 @@ def test_new_networks_and_those_of_weights():
     assert arguments(pretrained=old, width=8) == {"width": 8}
     assert arguments(pretrained=old | {"model": "lenet"}) == {"activation": "silu"}
     assert arguments(model="lenet") == {}
+    assert arguments(cropped=True, image_size=64) == {"activation": "silu", "patch": 4}
+    assert arguments(cropped=True) == arguments(image_size=64) == {"activation": "silu"}
