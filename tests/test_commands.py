@@ -92,6 +92,7 @@ def test_the_readme_is_read():
 def test_the_readme_runs(clone, make_folder, commands):
     """Every command of a block works when pasted, in the README's order, without a network."""
     make_folder(clone / "my" / "pictures", {"train": 6, "test": 3}, size=(32, 32))
+    make_folder(clone / "my" / "photos", {"": 20}, size=(90, 70), suffix=".jpg")
     for command in commands:
         command = re.sub("TIME=[0-9]+[smh]", "TIME=1s", command)
         if command in ("make check", "make bench"):  # too long: only their parts are looked up

@@ -127,8 +127,12 @@ def _recall(args, unfinished: list[Path]):
 
 def _decide(args, accelerator: Accelerator):
     """({option: value} of what is undecided, what the user should know)."""
-    classes = list_images(find_folder(args.data), args.labels).splits["train"]
-    count = min(sum(map(len, classes.values())), args.limit or args.overfit or 10**9)
+    splits = list_images(find_folder(args.data), args.labels).splits
+    classes = splits["train"]
+    count = sum(map(len, classes.values()))
+    if not (any(splits["val"].values()) or args.overfit):
+        count = round(count * (1 - args.val))
+    count = min(count, args.limit or args.overfit or count)
     decided, notes = {}, []
     if args.pretrained == options.AUTO or args.model == options.AUTO:
         decided, notes = _choose_network(args, accelerator, count, len(classes))
