@@ -241,7 +241,7 @@ def photos(args) -> dict:
         differences = [
             (255 * folder[rows[path]][0] - image).abs().mean().item()
             for i in evenly_spaced(len(part), 50)
-            if (path := part.images[i]) in rows
+            if (path := part.file(i)) in rows
             for image in data.batch("train", [i]).images
         ]
     counts = (("torchvision", len(folder)), ("ours", len(part)))

@@ -60,7 +60,7 @@ def write_samples(folder: Path, data: Data, split: str) -> list[Path]:
             image = part.pixels(torch.tensor([i]))[0]
         else:
             try:
-                image = torch.from_numpy(read_image(part.images[i], data.channels)).permute(2, 0, 1)
+                image = torch.from_numpy(read_image(part.file(i), data.channels)).permute(2, 0, 1)
             except UnreadableImage:  # it was read, smaller: whole it takes too much memory
                 continue
         name = data.classes[part.labels[i]].replace("/", "-")

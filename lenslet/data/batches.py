@@ -13,7 +13,8 @@ the epoch and the image's index, so a run that is resumed, or that runs on other
 same images.  Normalising and augmenting come later, on the device.
 """
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -45,13 +46,28 @@ class Batch(NamedTuple):
     loss_factor: float
 
 
+class Names(Sequence):
+    """File names, in 8 bytes each beside their letters: a list of Paths takes ten times as much."""
+
+    def __init__(self, names: Iterable[str]):
+        encoded = [os.fsencode(name) for name in names]
+        self._letters = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> str:
+        return os.fsdecode(self._letters[self._ends[i] : self._ends[i + 1]])
+
+
 @dataclass
 class Split:
     """Labelled images, in memory or as files."""
 
-    images: Tensor | list[Path]  # uint8 [M, C, H, W] of all splits together, or its own N files
+    images: Tensor | Path  # uint8 [M, C, H, W] of all splits together, or the data folder
     labels: Tensor  # int64 [N], 0..classes-1
-    names: list[str]  # N file names below the data folder, or indices in the set's own order
+    names: Sequence[str]  # N file names below the data folder, or indices in the set's own order
     rows: Tensor | None = None  # int64 [N]: which of the M in memory are its own; None: all
     # float [N], on the CPU: width / height of whole photographs in memory, squeezed to one size,
     # which are cropped when they are read; else None.
@@ -72,6 +88,10 @@ class Split:
     def is_cropped(self) -> bool:
         """Whether images are cropped when they are read: photographs, unless read for good."""
         return not self.in_memory or self.aspects is not None
+
+    def file(self, i: int) -> Path:
+        """The file of an image that is not in memory."""
+        return self.images / self.names[i]
 
     def pixels(self, index: Tensor) -> Tensor:
         """Images in memory, uint8 [B, C, H, W].  index int64 [B], 0..N-1."""
@@ -188,7 +208,7 @@ class ImageBatches(Dataset):
     def _decode(self, indices: list[int], draws: Tensor | None) -> Tensor:
         """Photographs as uint8 [B, C, H, W], cropped here, where all their pixels still are."""
         pixels = [
-            read_image(self.split.images[i], *self.reading, None if draws is None else draws[k])
+            read_image(self.split.file(i), *self.reading, None if draws is None else draws[k])
             for k, i in enumerate(indices)
         ]
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lenslet.files
 from lenslet.data import sets
-from lenslet.data.batches import SMALL, Data, Split, evenly_spaced
+from lenslet.data.batches import SMALL, Data, Names, Split, evenly_spaced
 from lenslet.data.cache import decode_all, margin
 from lenslet.data.decode import Inspected, longer_side, read_image
 from lenslet.data.labels import read_labels
@@ -113,13 +113,13 @@ def load(
     images = [inspection.images[file] for file, _ in chain(*rows.values())]
     data.channels, data.image_size, data.crop = _choose_reading(images, like, photo_size, crop)
     for split, part in rows.items():
-        names = [name_in(root, file) for file, _ in part]
-        data.splits[split] = Split([file for file, _ in part], _labels(part), names)
-    data.sha256 = _digest(data.splits, inspection, classes if labels else None)
+        names = Names(name_in(root, file) for file, _ in part)
+        data.splits[split] = Split(root, _labels(part), names)
+    data.sha256 = _digest(rows, root, inspection, classes if labels else None)
     if max(image.side for image in images) <= SMALL and max(data.image_size) <= SMALL:
-        _keep_in_memory(data, files, inspection)
+        _keep_in_memory(data, rows, files, inspection)
     elif in_memory:
-        _keep_photographs(data, workers)
+        _keep_photographs(data, rows, workers)
     return data
 
 
@@ -198,8 +198,8 @@ def _choose_reading(images: list[Inspected], like: dict | None, photo_size: int,
     return channels, max(common, key=lambda size: (common[size], size)), 1.0
 
 
-def _keep_in_memory(data: Data, files: list[Path], inspection: Inspection) -> None:
-    """Replace the splits' files by the pixels of their small images, in one array for all.
+def _keep_in_memory(data: Data, rows: Rows, files: list[Path], inspection: Inspection) -> None:
+    """Replace the splits' files (rows) by the pixels of their small images, in one array for all.
 
     files: those that were inspected, in the order of inspection.array.
     """
@@ -210,7 +210,7 @@ def _keep_in_memory(data: Data, files: list[Path], inspection: Inspection) -> No
             pixels = read_image(file, data.channels, data.image_size, data.crop)
         return np.broadcast_to(pixels, (*data.image_size, data.channels)).transpose(2, 0, 1)
 
-    used = [file for split in data.splits.values() for file in split.images]
+    used = [file for file, _ in chain(*rows.values())]
     array = inspection.array  # serves as it is where it can: no copy
     fits = array is not None and array.shape[2:] == data.image_size
     if fits and array.shape[1] != data.channels:  # three equal channels can be one, colours cannot
@@ -219,13 +219,13 @@ def _keep_in_memory(data: Data, files: list[Path], inspection: Inspection) -> No
         files, array = used, np.stack([planes(file) for file in used])
     stacked = torch.from_numpy(array[:, : data.channels])
     place = {file: i for i, file in enumerate(files)}
-    for split in data.splits.values():
-        split.rows = torch.tensor([place[file] for file in split.images])
+    for name, split in data.splits.items():
+        split.rows = torch.tensor([place[file] for file, _ in rows[name]])
         split.images = stacked
 
 
-def _keep_photographs(data: Data, workers: int) -> None:
-    """Replace the files to train on by whole images, squeezed, with a margin for random crops, and
+def _keep_photographs(data: Data, rows: Rows, workers: int) -> None:
+    """Replace the files (rows) to train on by whole images, squeezed, with a margin for crops, and
     those to validate on by what predict.py reads of them.
     """
     began = time.perf_counter()
@@ -233,20 +233,20 @@ def _keep_photographs(data: Data, workers: int) -> None:
         size, crop = data.image_size, data.crop
         if name == "train":
             size, crop = margin(size), None
-        images, aspects = decode_all(split.images, data.channels, size, crop, workers)
+        files = [file for file, _ in rows[name]]
+        images, aspects = decode_all(files, data.channels, size, crop, workers)
         split.images, split.rows = images, torch.arange(len(split))
         split.aspects = aspects if name == "train" else None
     data.seconds = time.perf_counter() - began
 
 
-def _digest(splits: dict[str, Split], inspection: Inspection, classes: list[str] | None) -> str:
+def _digest(rows: Rows, root: Path, inspection: Inspection, classes: list[str] | None) -> str:
     """SHA-256 of which file is in which split, and of their contents and, if given, classes."""
     listing = "".join(
-        f"{name}/{file_name}:{inspection.images[file].sha256}{classes[label] if classes else ''}\n"
-        for name, split in splits.items()
-        for file_name, file, label in zip(
-            split.names, split.images, split.labels.tolist(), strict=True
-        )
+        f"{split}/{name_in(root, file)}:{inspection.images[file].sha256}"
+        f"{classes[label] if classes else ''}\n"
+        for split, part in rows.items()
+        for file, label in part
     )
     return hashlib.sha256(os.fsencode(listing)).hexdigest()
 

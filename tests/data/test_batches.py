@@ -1,6 +1,9 @@
 """Any number of processes sees the same batches, and every image counts once and the same."""
 
+import os
+import pickle
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from lenslet.data.batches import Batch, BatchSampler, Data, Split, evenly_spaced, on_device
+from lenslet.data.batches import Batch, BatchSampler, Data, Names, Split, evenly_spaced, on_device
 from lenslet.data.decode import UnreadableImage, read_image
 from lenslet.data.load import load
 from lenslet.distributed.determinism import uniform
@@ -185,7 +188,7 @@ def test_photographs(tmp_path, make_folder, mode):
         assert all(torch.equal(a, b) for a, b in zip(batch[:3], other[:3], strict=True))
         assert batch[3:] == other[3:] == (len(batch.labels), 1 / len(batch.labels))
     images = torch.cat([batch.images for batch in alone])
-    expected = read_image(part.images[3], data.channels, (32, 32), 0.5)
+    expected = read_image(part.file(3), data.channels, (32, 32), 0.5)
     assert images.dtype == torch.uint8
     assert np.array_equal(images[3].permute(1, 2, 0), expected)
 
@@ -270,7 +273,7 @@ def test_small_images_move_to_a_gpu(monkeypatch, free, moves):
     images, part = data.splits["train"].images, data.splits["train"]
     rows = torch.arange(5)
     data.splits["val"] = Split(images, part.labels[:5], part.names[:5], rows)
-    data.splits["files"] = Split(["a.jpg"], torch.zeros(1), ["a.jpg"])
+    data.splits["files"] = Split(Path("p"), torch.zeros(1), ["a.jpg"])
     before = [part.labels, part.rows]
     data.to(torch.device("cpu"))
     assert part.images is images and part.labels is before[0] and part.rows is before[1]
@@ -281,7 +284,7 @@ def test_small_images_move_to_a_gpu(monkeypatch, free, moves):
         (now is not was) == moves for now, was in zip((part.labels, part.rows), before, strict=True)
     )
     assert (data.splits["val"].rows is not rows) == moves
-    assert data.splits["files"].images == ["a.jpg"]
+    assert data.splits["files"].file(0) == Path("p/a.jpg")
 
 
 def test_draws_of_crops(tmp_path, make_folder, monkeypatch):
@@ -339,7 +342,7 @@ def test_batch_of_rows(tmp_path, make_folder):
     data = load(str(root), ["train"], val=0, photo_size=16, crop=0.5)
     (whole,) = batches(data.loader("train", 8))
     assert torch.equal(data.batch("train", [5, 0]).images, whole.images[[5, 0]])
-    data.splits["train"].images[5].unlink()
+    data.splits["train"].file(5).unlink()
     with pytest.raises(UnreadableImage, match=r"bees/1\.png"):
         data.batch("train", [5, 0])
 
@@ -356,3 +359,15 @@ def test_evenly_spaced(count, most):
         steps = [b - a for a, b in zip(rows, rows[1:], strict=False)] or [1]
         assert min(steps) >= 1 and max(steps) - min(steps) <= 1
     assert evenly_spaced(12, 5) == [0, 2, 5, 8, 11]  # truncated, which whitened weights rely on
+
+
+def test_names():
+    """Names come back as they went in, whatever they are, and take few bytes."""
+    names = ["a.jpg", "", "b/Öl 日本.png", os.fsdecode(b"bad \xff.gif"), "a.jpg"]
+    kept = Names(names)
+    assert list(kept) == names and len(kept) == 5 and kept[3] == names[3]
+    assert list(pickle.loads(pickle.dumps(kept))) == names
+    with pytest.raises(IndexError):
+        kept[5]
+    many = Names(f"class-{i % 10}/image-{i:06}.jpg" for i in range(10_000))
+    assert len(pickle.dumps(many)) < 35 * 10_000

@@ -122,7 +122,7 @@ def test_limit(tmp_path, make_folder, limit):
     counts = train.labels.bincount(minlength=3)
     assert abs(counts[0] - counts[1]) <= 1 and counts[2] >= 1
     whole = load(str(root), ["train"]).splits["train"].names
-    assert train.names == [name for name in whole if name in set(train.names)]
+    assert list(train.names) == [name for name in whole if name in set(train.names)]
     refuse("2 images: too few for 3 classes", name=str(root), wanted=["train"], limit=2)
 
 
