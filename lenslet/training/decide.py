@@ -211,7 +211,7 @@ def _speed(candidate: Candidate, args, accelerator: Accelerator, classes: int) -
     arguments = newest_arguments(candidate.model, size, photographs=True)
     arguments |= {"width": candidate.width} if candidate.width else {}
     network = create_model(candidate.model, classes, size=size, **arguments)
-    count = max(2, 64 // accelerator.num_processes)
+    count = max(2, 32 // accelerator.num_processes)
     images, labels = torch.zeros(count, 3, *network.input_size), torch.zeros(count).long()
     batch = images.to(accelerator.device), labels.to(accelerator.device)
     return accelerator.num_processes * measure_speed(network, *batch, accelerator)
