@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import zlib
-from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lenslet.files
-from lenslet.data.decode import aspect_ratio, read_image
+from lenslet.data.decode import read_image, read_squeezed
 from lenslet.data.verify import stamp
 
 VERSION = 1  # of how images are read: raise it where their pixels change
@@ -53,7 +52,8 @@ def decode_all(
 ) -> tuple[Tensor, Tensor]:
     """All images as read_image() reads them, uint8 [N, C, *size], and their aspect ratios.
 
-    crop None: whole images, squeezed to the size.  The ratios, width / height, are float32 [N].
+    crop None: whole images, squeezed to the size.  The ratios, width / height of what was read, are
+    float32 [N].
     With several workers, threads decode: Pillow lets others run while it does.
     Errors: UnreadableImage.
     """
@@ -68,17 +68,23 @@ def decode_all(
     # Channels last: as they are decoded, and as they are cropped fastest.
     images = torch.empty(len(files), *size, channels, dtype=torch.uint8)
     aspects = torch.empty(len(files))
-    read = partial(_read, channels=channels, size=size, crop=crop)
+
+    def read(i: int) -> None:
+        pixels, aspects[i] = _read(files[i], channels, size, crop)
+        images[i] = torch.from_numpy(pixels)  # here, for the threads to share this work too
+
     with ThreadPool(max(1, workers)) as pool:
-        found = tqdm(pool.imap(read, files), "decoding", len(files), disable=None, leave=False)
-        for i, (pixels, aspect) in enumerate(found):
-            images[i], aspects[i] = torch.from_numpy(pixels), aspect
+        found = pool.imap(read, range(len(files)))
+        for _ in tqdm(found, "decoding", len(files), disable=None, leave=False):
+            pass
     _store(path, images, aspects)
     return images.permute(0, 3, 1, 2), aspects
 
 
 def _read(file: Path, channels: int, size: tuple[int, int], crop: float | None):
-    return read_image(file, channels, size, crop), aspect_ratio(file)
+    if crop is None:
+        return read_squeezed(file, channels, size)
+    return read_image(file, channels, size, crop), size[1] / size[0]
 
 
 def _checksum(images: Tensor, aspects: Tensor) -> str:

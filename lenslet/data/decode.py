@@ -63,13 +63,6 @@ def longer_side(path: Path) -> int:
         return 0
 
 
-def aspect_ratio(path: str | Path) -> float:
-    """Width / height of an upright image, by the head of its file.  Errors: UnreadableImage."""
-    with _open(path) as image:
-        width, height = _upright_size(image)
-        return width / height
-
-
 def read_image(
     path: str | Path,
     channels: int,
@@ -90,18 +83,31 @@ def read_image(
     Errors: UnreadableImage.
     """
     with _open(path) as image:
-        full, box = image.size, None
-        if image.format == "PNG":  # to ask it for its EXIF block may decode it
-            _check_memory(image, full, most, whole=size is None)
-        if size is not None:
-            box = _choose_box(_upright_size(image), size, crop, draws)
-            box = _shrink_while_decoding(image, size, box)
-        _check_memory(image, full, most, _is_turned(image), whole=size is None)
-        ImageOps.exif_transpose(image, in_place=True)
-        image = _convert(image, "L" if channels == 1 else "RGB")
-        if box and (image.size != size[::-1] or box != (0, 0, *image.size)):
-            image = image.resize(size[::-1], Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
-        pixels = np.array(image)
+        return _read(image, channels, size, crop, draws, most)
+
+
+def read_squeezed(path: str | Path, channels: int, size: tuple[int, int]):
+    """read_image() without a crop: the whole image, squeezed to size; and its width / height."""
+    with _open(path) as image:
+        pixels = _read(image, channels, size, None)
+        return pixels, image.width / image.height  # upright by now
+
+
+def _read(image: Image.Image, channels, size, crop, draws=None, most=None) -> np.ndarray:
+    """read_image() of a file that was opened."""
+    full, box = image.size, None
+    if image.format == "PNG":  # to ask it for its EXIF block may decode it
+        _check_memory(image, full, most, whole=size is None)
+    if size is not None:
+        box = _choose_box(_upright_size(image), size, crop, draws)
+        box = _shrink_while_decoding(image, size, box)
+    _check_memory(image, full, most, _is_turned(image), whole=size is None)
+    ImageOps.exif_transpose(image, in_place=True)
+    image = _convert(image, "L" if channels == 1 else "RGB")
+    if box and (image.size != size[::-1] or box != (0, 0, *image.size)):
+        image = image.resize(size[::-1], Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
+    pixels = np.array(image)
+
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
