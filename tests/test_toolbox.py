@@ -378,7 +378,7 @@ def test_without_test_images_those_of_the_validation_are_measured(make_folder, t
     names = lenslet.data.load.load(str(pictures), ["val"], **chosen).splits["val"].names
     assert call(measure.main, "--weights", run, "--precision", "no") == 0
     rows = csv.DictReader((run / "report" / "predictions.csv").open())
-    assert [row["file"] for row in rows] == names
+    assert [row["file"] for row in rows] == list(names)
     report = json.loads((run / "report" / "metrics.json").read_text())
     validated = json.loads((run / "metrics.json").read_text())["epochs"][0]
     assert (report["split"], report["top1"]) == ("val", validated["val_accuracy"])
