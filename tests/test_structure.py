@@ -26,7 +26,7 @@ KNOWS_ARGS |= {"runs/run.py"}  # and scripts/
 NAMES_OPTIONS = KNOWS_ARGS | {"cli.py", "runs/summary.py", "runs/launch.py"}
 NAMES_OPTIONS |= {"distributed/launchers.py"}  # it says which of ours replaces a launcher's
 BRANCHES = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.IfExp, ast.Assert, ast.comprehension)
-CODE_LINES = 6864  # what there is: who adds something looks first for what can go
+CODE_LINES = 6865  # what there is: who adds something looks first for what can go
 
 
 def sources():

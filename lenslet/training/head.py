@@ -39,6 +39,7 @@ def fit_head(network: nn.Module, prepare, loader: DataLoader, augment, views: in
             features.append(inputs)
             labels.append(ours)
     hook.remove()
+    network.train()  # as on the other processes, where synchronized batch norm waits for this one
     # The logits may be a multiple of what the layer gives, as fastnet's are.
     scale = (logits * output).sum() / output.square().sum()
     weight, bias = _fit(torch.cat(features), torch.cat(labels), head)

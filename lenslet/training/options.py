@@ -315,7 +315,7 @@ def differences(run: Path, args, among: set[str] | None = None) -> str:
     now = cli.stored(args)
     names = among or now.keys() - FREE - SAID
     if undecided(args):  # a run of these options may have decided anything
-        names -= set(before["decided"]) & set(args.decided)
+        names = names - (set(before["decided"]) & set(args.decided))
     return ", ".join(
         f"--{name.replace('_', '-')} was {before[name]}, now {now[name]}"
         for name in now

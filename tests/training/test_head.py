@@ -38,6 +38,7 @@ def fit(network, views=1, augment=unchanged):
     prepare = Prepare([0.5] * 3, [0.5] * 3, network.input_size)
     pixels, labels = images()
     fit_head(network, prepare, loader_of(pixels, labels), augment, views, Accelerator(cpu=True))
+    assert network.training
     with torch.no_grad():
         return network.eval()(prepare(pixels)), labels
 
